@@ -1,0 +1,1 @@
+"""Block-scaled FP8 and FP4 tensors on any accelerator."""

@@ -1,0 +1,142 @@
+"""What a device can do. The only file that asks about hardware or installed packages. Floor 0.
+
+A `Platform` is plain data, so every kernel choice can be computed, explained and tested for any device on any
+machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not here.
+"""
+
+from __future__ import annotations
+
+import platform as _host
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, util
+
+import torch
+
+from .errors import BlockscaleError
+
+KINDS = ("cpu", "cuda", "rocm", "xpu")
+"""The kinds that `detect` knows. `kind` itself is an open string: third parties may bring their own."""
+
+_FEATURE_PACKAGES = ("triton", "deep_gemm", "vllm-xpu-kernels", "aiter")
+_GRAMMAR = re.compile(r"(?P<kind>[a-z]\w*)(:(?P<arch>[\w.-]+))?(?P<features>(\+[\w.-]+(=[^+]+)?)*)")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One device as the registry sees it.
+
+    kind: "cuda", "rocm", "xpu", "cpu" or a third party's word.
+    arch: "sm_90", "gfx942", "bmg", "avx2" …; "" when unknown.
+    features: (name, value) pairs: versions of packages, probe and self-test verdicts. "" is "there, no version".
+    """
+
+    kind: str
+    arch: str = ""
+    features: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(sorted(dict(self.features).items())))
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """Read `kind[:arch][+feature[=value]]…`, e.g. "cuda:sm_90+triton=3.6".
+
+        Raises BlockscaleError when the text does not follow the grammar.
+        """
+        match = _GRAMMAR.fullmatch(text.strip())
+        if not match:
+            raise BlockscaleError(
+                f"platform: got {text!r}, need kind[:arch][+feature[=value]]…, e.g. 'cuda:sm_90+triton=3.6'"
+            )
+        features = (f.partition("=") for f in match["features"].split("+") if f)
+        return cls(match["kind"], match["arch"] or "", tuple((name, value) for name, _, value in features))
+
+    def __str__(self) -> str:
+        head = f"{self.kind}:{self.arch}" if self.arch else self.kind
+        return "+".join([head, *(f"{name}={value}" if value else name for name, value in self.features)])
+
+    def has(self, feature: str) -> bool:
+        return any(name == feature for name, _ in self.features)
+
+    def value(self, feature: str) -> str | None:
+        """The feature's value, "" when it has none, None when the feature is absent."""
+        return dict(self.features).get(feature)
+
+    def at_least(self, feature: str, version: str) -> bool:
+        """Whether the feature is there in `version` or later. A feature named without a version counts as new."""
+        value = self.value(feature)
+        return value is not None and (not value or _version(value) >= _version(version))
+
+    def with_features(self, extra: Iterable[tuple[str, str]]) -> Platform:
+        return Platform(self.kind, self.arch, (*self.features, *extra))
+
+    @property
+    def capability(self) -> int:
+        """CUDA compute capability as one number (sm_90 -> 90); 0 on every other kind."""
+        match = re.fullmatch(r"sm_(\d+)[a-z]?", self.arch)
+        return int(match[1]) if self.kind == "cuda" and match else 0
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0]))
+
+
+@cache
+def detect(device: torch.device | str = "cpu") -> Platform:
+    """Describe a device of this machine. Cached: hardware and packages do not change under a process.
+
+    Raises BlockscaleError when torch has no such device.
+    """
+    device = torch.device(device)
+    versions = [("torch", torch.__version__.split("+")[0]), *_packages()]
+    if device.type == "cpu":
+        return Platform("cpu", _cpu_arch(), tuple(versions))
+    if device.type == "cuda":
+        _require(torch.cuda.is_available(), device)
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return Platform("rocm", properties.gcnArchName.split(":")[0], (*versions, ("hip", torch.version.hip)))
+        versions += [("cuda", torch.version.cuda or ""), ("sms", str(properties.multi_processor_count))]
+        return Platform("cuda", f"sm_{properties.major}{properties.minor}", tuple(versions))
+    if device.type == "xpu":
+        _require(torch.xpu.is_available(), device)
+        return Platform("xpu", _xpu_arch(torch.xpu.get_device_properties(device).name), tuple(versions))
+    return Platform(device.type, "", tuple(versions))
+
+
+def _require(available: bool, device: torch.device) -> None:
+    if not available:
+        raise BlockscaleError(f"device {device}: torch {torch.__version__} finds none on this machine")
+
+
+def _packages() -> list[tuple[str, str]]:
+    found = []
+    for name in _FEATURE_PACKAGES:
+        if util.find_spec(name.replace("-", "_")):
+            try:
+                version = metadata.version(name.replace("_", "-"))
+            except metadata.PackageNotFoundError:  # importable without metadata: vendored or a source tree
+                version = ""
+            found.append((name, version))
+    return found
+
+
+def _cpu_arch() -> str:
+    """The widest vector extension that kernels may use: avx512, avx2, neon, or the machine's name."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability.startswith("avx512"):
+        return "avx512"
+    if capability == "avx2":
+        return "avx2"
+    return "neon" if _host.machine() in ("aarch64", "arm64") else _host.machine()
+
+
+def _xpu_arch(name: str) -> str:
+    """Intel's marketing name to the compiler's: Max -> pvc, Arc B -> bmg, Arc A and Flex -> dg2."""
+    for pattern, arch in ((r"Max\b", "pvc"), (r"Arc.*\bB\d", "bmg"), (r"Arc.*\bA\d|Flex", "dg2")):
+        if re.search(pattern, name):
+            return arch
+    return re.sub(r"[^\w.-]+", "-", name).strip("-").lower()

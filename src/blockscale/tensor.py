@@ -1,0 +1,90 @@
+"""A block-scaled tensor: data, scale, format and layout travel together. Floor 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import DtypeError, ShapeError
+from .formats import Format
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockScaled:
+    """`x ≈ data * scale`, as stored. A plain frozen container, not a Tensor subclass.
+
+    data: `[..., rows, cols]` in the element's dtype; FP4 is packed, `[..., rows, cols / 2]` bytes.
+    scale: `[..., grid rows, grid cols]` in one of `format.scale_dtypes`; it multiplies.
+    layout: the name of how data and scale sit in memory (`layouts.LAYOUTS`); shapes above are "row"'s.
+    shape: the logical `[..., rows, cols]` in elements.
+    global_scale: fp32, `[]` or one per leading index; multiplies every block scale (NVFP4).
+    input_scale: fp32, the static activation scale stored beside the weight, if any.
+
+    Raises ShapeError or DtypeError when the parts do not fit together.
+    """
+
+    data: Tensor
+    scale: Tensor
+    format: Format
+    layout: str = "row"
+    shape: tuple[int, ...] = ()
+    global_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            *lead, cols = self.data.shape
+            object.__setattr__(self, "shape", (*lead, cols * 2 if self.format.packed else cols))
+        else:
+            object.__setattr__(self, "shape", tuple(self.shape))
+        if self.layout == "row":
+            self._check_row()
+
+    def _check_row(self) -> None:
+        fmt, data, scale = self.format, self.data, self.scale
+        allowed = (torch.uint8, torch.int8) if fmt.packed else (fmt.element.dtype,)
+        if data.dtype not in allowed:
+            raise DtypeError(f"{fmt}: data needs {' or '.join(map(str, allowed))}, got {data.dtype}")
+        if scale.dtype not in fmt.scale_dtypes:
+            raise DtypeError(f"{fmt}: scale needs one of {list(map(str, fmt.scale_dtypes))}, got {scale.dtype}")
+        if len(self.shape) < 2:
+            raise ShapeError(f"{fmt}: needs at least two dimensions, got shape {list(self.shape)}")
+        *lead, rows, cols = self.shape
+        want_data = (*lead, *fmt.data_shape(rows, cols))
+        if tuple(data.shape) != want_data:
+            raise ShapeError(f"{fmt}: shape {list(self.shape)} needs data {list(want_data)}, got {list(data.shape)}")
+        want = (*lead, *fmt.scale_shape(rows, cols))
+        if tuple(scale.shape) != want:
+            raise ShapeError(f"{fmt}: data {list(self.shape)} needs scale {list(want)}, got {list(scale.shape)}")
+        if fmt.two_level and self.global_scale is None:
+            raise ShapeError(f"{fmt}: needs a global_scale, got none")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: data, scales and the fp32 extras."""
+        parts = (self.data, self.scale, self.global_scale, self.input_scale)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> BlockScaled:
+        """The same bytes on another device."""
+        move = {n: t.to(device) for n in ("data", "scale", "global_scale", "input_scale") if (t := getattr(self, n)) is not None}
+        return replace(self, **move)
+
+    def __getitem__(self, index: int) -> BlockScaled:
+        """One matrix of a stacked tensor (one expert of `[E, N, K]`)."""
+        if len(self.shape) < 3:
+            raise ShapeError(f"{self.format}: only stacked tensors [E, rows, cols] can be indexed, got {list(self.shape)}")
+        extras = {}
+        for name in ("global_scale", "input_scale"):
+            t = getattr(self, name)
+            extras[name] = t[index] if t is not None and t.dim() else t
+        return replace(self, data=self.data[index], scale=self.scale[index], shape=self.shape[1:], **extras)
+
+    def __repr__(self) -> str:
+        return f"BlockScaled({self.format}, {list(self.shape)}, layout={self.layout!r}, scale={self.scale.dtype}, device={self.device})"
