@@ -9,7 +9,7 @@ V4.1 (power-of-two scales, amax floored at 1e-4); OCP MX 1.0 for the 1x32 format
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import MappingProxyType
@@ -81,7 +81,9 @@ class Numerics:
             if self == preset:
                 return name
         base = Numerics()
-        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)]
+        changed = [
+            (f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)
+        ]
         return ",".join(["checkpoint", *(f"{name}={value}" for name, value in changed)])
 
 
@@ -90,17 +92,13 @@ PRESETS: Mapping[str, Numerics] = MappingProxyType(
         "checkpoint": Numerics(),
         "weight_only": Numerics(weight_only=True),
         "deepseek_v3": Numerics(act_group=128, act_rounding="none"),
-        "deepseek_v4": Numerics(
-            act_group=128, act_rounding="pow2_ceil", act_floor=1e-4, mxfp4_act="fp8_1x128_ue8m0"
-        ),
-        "deepseek_v4_1": Numerics(
-            act_group=32, act_rounding="pow2_ceil", act_floor=1e-4, mxfp4_act="fp8_1x32_ue8m0"
-        ),
+        "deepseek_v4": Numerics(act_group=128, act_rounding="pow2_ceil", act_floor=1e-4, mxfp4_act="fp8_1x128_ue8m0"),
+        "deepseek_v4_1": Numerics(act_group=32, act_rounding="pow2_ceil", act_floor=1e-4, mxfp4_act="fp8_1x32_ue8m0"),
     }
 )
 """checkpoint: activations follow the weight format. The others fix one model family's rules."""
 
-_READ = {
+_READ: Mapping[str, Callable[[str], object]] = {
     "weight_only": lambda v: {"True": True, "False": False}[v],
     "act_group": int,
     "act_floor": float,

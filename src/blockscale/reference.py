@@ -46,7 +46,7 @@ def quantize(
 
     Raises ShapeError, DtypeError or ScaleError.
     """
-    _check_input(x, fmt)
+    check_input(x, fmt)
     x = x.float()
     if fmt.two_level:
         return _quantize_nvfp4(x, fmt, scale, global_scale)
@@ -55,7 +55,7 @@ def quantize(
         amax = block_amax(blocks).clamp(min=DEFAULT_FLOOR if floor is None else floor)
         scale = store_scale(round_scale(amax, fmt, scale_rounding or fmt.scale_rounding), fmt)
     else:
-        scale = _check_scale(scale, x, fmt)
+        scale = check_scale(scale, x, fmt)
     if fmt.packed:
         holds_nan = ~blocks.isfinite().all(-1).all(-2)
         scale = encode_e8m0(torch.where(holds_nan, torch.nan, decode_scale(scale)))
@@ -157,6 +157,12 @@ def swiglu(gate_up: Tensor, limit: float | None = None, routing_weight: Tensor |
     return y.to(gate_up.dtype)
 
 
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` in fp32 for `x: [T, K]`, `weight: [K]`, in x's dtype."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
 # -- parts of the definition, shared with kernels and tests ------------------------------------------------------
 
 
@@ -165,7 +171,7 @@ def to_blocks(x: Tensor, fmt: Format) -> Tensor:
     rows, cols = x.shape[-2:]
     br, bc = fmt.block_shape(rows, cols)
     padded = F.pad(x, (0, -cols % bc, 0, -rows % br))
-    return padded.unflatten(-2, (-1, br)).unflatten(-1, (-1, bc))
+    return padded.reshape(*x.shape[:-2], -(-rows // br), br, -(-cols // bc), bc)
 
 
 def from_blocks(blocks: Tensor, shape: torch.Size | tuple[int, ...], fmt: Format) -> Tensor:
@@ -204,6 +210,7 @@ def encode(scaled: Tensor, fmt: Format) -> Tensor:
     if fmt.packed:
         return encode_fp4(clamped.nan_to_num(0.0))
     byte = clamped.to(fmt.element.dtype).view(torch.uint8)
+    assert fmt.element.nan is not None, "only packed elements lack a NaN"
     return torch.where(scaled.isfinite(), byte, fmt.element.nan).to(torch.uint8)
 
 
@@ -245,7 +252,7 @@ def _quantize_nvfp4(x: Tensor, fmt: Format, scale: Tensor | None, global_scale: 
     if scale is None:
         scale = (amax / fmt.max / level).clamp(max=448.0).to(torch.float8_e4m3fn)
     else:
-        scale = _check_scale(scale, x, fmt)
+        scale = check_scale(scale, x, fmt)
     holds_nan = ~blocks.isfinite().all(-1).all(-2)
     nan = torch.tensor(0x7F, dtype=torch.uint8, device=x.device)
     scale = torch.where(holds_nan, nan, scale.view(torch.uint8)).view(torch.float8_e4m3fn)
@@ -254,7 +261,7 @@ def _quantize_nvfp4(x: Tensor, fmt: Format, scale: Tensor | None, global_scale: 
     return BlockScaled(from_blocks(data, x.shape, fmt), scale, fmt, shape=tuple(x.shape), global_scale=global_scale)
 
 
-def _check_input(x: Tensor, fmt: Format) -> None:
+def check_input(x: Tensor, fmt: Format) -> None:
     if x.dtype not in _FLOATS:
         raise DtypeError(f"quantize to {fmt}: needs float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() < 2 or x.shape[-1] == 0:
@@ -263,7 +270,7 @@ def _check_input(x: Tensor, fmt: Format) -> None:
         raise ShapeError(f"quantize to {fmt}: two elements share a byte, so cols must be even, got {list(x.shape)}")
 
 
-def _check_scale(scale: Tensor, x: Tensor, fmt: Format) -> Tensor:
+def check_scale(scale: Tensor, x: Tensor, fmt: Format) -> Tensor:
     want = (*x.shape[:-2], *fmt.scale_shape(*x.shape[-2:]))
     if tuple(scale.shape) != want:
         raise ShapeError(f"quantize to {fmt}: x {list(x.shape)} needs scale {list(want)}, got {list(scale.shape)}")

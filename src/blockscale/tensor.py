@@ -61,6 +61,30 @@ class BlockScaled:
         if fmt.two_level and self.global_scale is None:
             raise ShapeError(f"{fmt}: needs a global_scale, got none")
 
+    @classmethod
+    def trusted(
+        cls,
+        data: Tensor,
+        scale: Tensor,
+        format: Format,
+        layout: str,
+        shape: tuple[int, ...],
+        global_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ) -> BlockScaled:
+        """The same container without its checks, for parts that were checked before: ops rebuild one a call."""
+        self = object.__new__(cls)
+        self.__dict__.update(
+            data=data,
+            scale=scale,
+            format=format,
+            layout=layout,
+            shape=shape,
+            global_scale=global_scale,
+            input_scale=input_scale,
+        )
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes held: data, scales and the fp32 extras."""
@@ -73,13 +97,19 @@ class BlockScaled:
 
     def to(self, device: torch.device | str) -> BlockScaled:
         """The same bytes on another device."""
-        move = {n: t.to(device) for n in ("data", "scale", "global_scale", "input_scale") if (t := getattr(self, n)) is not None}
+        move = {
+            n: t.to(device)
+            for n in ("data", "scale", "global_scale", "input_scale")
+            if (t := getattr(self, n)) is not None
+        }
         return replace(self, **move)
 
     def __getitem__(self, index: int) -> BlockScaled:
         """One matrix of a stacked tensor (one expert of `[E, N, K]`)."""
         if len(self.shape) < 3:
-            raise ShapeError(f"{self.format}: only stacked tensors [E, rows, cols] can be indexed, got {list(self.shape)}")
+            raise ShapeError(
+                f"{self.format}: only stacked tensors [E, rows, cols] can be indexed, got {list(self.shape)}"
+            )
         extras = {}
         for name in ("global_scale", "input_scale"):
             t = getattr(self, name)
@@ -87,4 +117,5 @@ class BlockScaled:
         return replace(self, data=self.data[index], scale=self.scale[index], shape=self.shape[1:], **extras)
 
     def __repr__(self) -> str:
-        return f"BlockScaled({self.format}, {list(self.shape)}, layout={self.layout!r}, scale={self.scale.dtype}, device={self.device})"
+        where = f"layout={self.layout!r}, scale={self.scale.dtype}, device={self.device}"
+        return f"BlockScaled({self.format}, {list(self.shape)}, {where})"

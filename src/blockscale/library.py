@@ -1,0 +1,223 @@
+"""The torch.library boundary: where tracing stops and kernels are picked. Floor 5.
+
+torch.compile sees one opaque op with a fake implementation, so a compiler that cannot handle fp8 never meets it.
+Schemas hold tensors, ints, floats and strings only; the container is rebuilt behind the boundary. The plan of a call
+is memoised by everything but M, so a warm call costs a few dictionary look-ups.
+
+`Library.impl` and not `torch.library.custom_op`, which costs twice as much a call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .formats import Format, ScaleRounding, get_format
+from .layouts import get_layout
+from .numerics import get_numerics
+from .platform import detect
+from .registry import Plan, Problem
+from .tensor import BlockScaled
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""data, scale, global_scale (empty where the format has none)."""
+
+_LIBRARY = torch.library.Library("blockscale", "DEF")  # type: ignore[no-untyped-call]
+_WEIGHT = "Tensor data, Tensor scale, Tensor? global_scale, Tensor? input_scale"
+_HOW = "int n, int k, str format, str layout, str numerics, str kernel"
+_RESULT = "str format, str layout, str scale_rounding, float floor, str kernel) -> (Tensor, Tensor, Tensor)"
+_SCHEMAS = {
+    "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
+    "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor offsets, {_HOW}) -> Tensor",
+    "dense_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
+    "quantize": f"(Tensor x, Tensor? scale, {_RESULT}",
+    "swiglu_quantize": f"(Tensor gate_up, float? limit, Tensor? routing_weight, {_RESULT}",
+    "rmsnorm_quantize": f"(Tensor x, Tensor weight, float eps, {_RESULT}",
+}
+
+
+# -- what a call binds: problem and plan, found once -------------------------------------------------------------
+
+
+@cache
+def _bind_weight(
+    op: str, x_dtype: torch.dtype, device: torch.device, groups: int, static: bool,
+    n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+) -> tuple[Problem, Plan, Format]:  # fmt: skip
+    fmt = get_format(format)
+    problem = Problem(op, n, k, x_dtype, fmt, layout, x_dtype, get_numerics(numerics), groups, static)
+    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False), fmt
+
+
+@cache
+def _bind_result(
+    op: str, x_dtype: torch.dtype, device: torch.device, cols: int, static: bool,
+    format: str, layout: str, scale_rounding: str, kernel: str,
+) -> tuple[Problem, Plan]:  # fmt: skip
+    rounding = cast(ScaleRounding, scale_rounding) if scale_rounding else None
+    fmt = get_format(format)
+    problem = Problem(op, 0, cols, x_dtype, fmt, layout, x_dtype, static=static, scale_rounding=rounding)
+    return problem, registry.select(problem, detect(device), kernel=kernel or None)
+
+
+@cache
+def _bind_dense(
+    x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device, n: int, k: int, kernel: str
+) -> tuple[Problem, Plan]:
+    problem = Problem("dense_linear", n, k, x_dtype, None, out_dtype=x_dtype, w_dtype=w_dtype)
+    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False)
+
+
+registry.on_change += [_bind_weight.cache_clear, _bind_result.cache_clear, _bind_dense.cache_clear]
+
+
+# -- implementations ---------------------------------------------------------------------------------------------
+
+
+def _linear(
+    x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    bias: Tensor | None, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    static = input_scale is not None
+    problem, plan, fmt = _bind_weight("linear", x.dtype, x.device, 0, static, n, k, format, layout, numerics, kernel)
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    m = flat.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
+    y: Tensor = plan.pick(m).run(problem, flat, w, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _grouped_linear(
+    x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    offsets: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    experts, static = offsets.shape[0], input_scale is not None
+    problem, plan, fmt = _bind_weight(
+        "grouped_linear", x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel
+    )
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
+    return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w, offsets))
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    n, k = weight.shape
+    problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
+    flat = x.reshape(-1, k)
+    y: Tensor = plan.pick(flat.shape[0]).run(problem, flat, weight, bias)
+    return y.view(*x.shape[:-1], n)
+
+
+def _quantize(
+    x: Tensor, scale: Tensor | None, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
+) -> Parts:
+    problem, plan = _bind_result(
+        "quantize", x.dtype, x.device, x.shape[-1], scale is not None, format, layout, scale_rounding, kernel
+    )
+    run = plan.pick(x.shape[-2]).run
+    if x.dim() == 2:
+        return _parts(run(problem, x, scale, floor))
+    lead = x.shape[:-2]
+    scales = None if scale is None else scale.flatten(0, -3)
+    matrices = [
+        _parts(run(problem, matrix, None if scales is None else scales[i], floor))
+        for i, matrix in enumerate(x.flatten(0, -3))
+    ]
+    data, scale, level = (_stack(parts, lead) for parts in zip(*matrices, strict=True))
+    return data, scale, level
+
+
+def _swiglu_quantize(
+    gate_up: Tensor, limit: float | None, routing_weight: Tensor | None,
+    format: str, layout: str, scale_rounding: str, floor: float, kernel: str,
+) -> Parts:  # fmt: skip
+    cols = gate_up.shape[1] // 2
+    problem, plan = _bind_result(
+        "swiglu_quantize", gate_up.dtype, gate_up.device, cols, False, format, layout, scale_rounding, kernel
+    )
+    return _parts(plan.pick(gate_up.shape[0]).run(problem, gate_up, limit, routing_weight, floor))
+
+
+def _rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
+) -> Parts:
+    problem, plan = _bind_result(
+        "rmsnorm_quantize", x.dtype, x.device, x.shape[1], False, format, layout, scale_rounding, kernel
+    )
+    return _parts(plan.pick(x.shape[0]).run(problem, x, weight, eps, floor))
+
+
+def _parts(q: BlockScaled) -> Parts:
+    level = q.global_scale if q.global_scale is not None else q.data.new_empty(0, dtype=torch.float32)
+    return q.data, q.scale, level
+
+
+def _stack(parts: tuple[Tensor, ...], lead: torch.Size) -> Tensor:
+    """Matrices back under their leading dimensions; `torch.stack` for 8-bit floats too, which torch cannot stack on every device."""
+    dtype = parts[0].dtype
+    stacked = torch.stack([t.view(torch.uint8) if t.element_size() == 1 else t for t in parts])
+    return stacked.view(dtype).reshape(*lead, *parts[0].shape)
+
+
+# -- fake implementations: shapes and dtypes only ----------------------------------------------------------------
+
+
+def _fake_linear(x: Tensor, *args: object) -> Tensor:
+    n = args[5]
+    return x.new_empty(*x.shape[:-1], cast(int, n))
+
+
+def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_quantize(
+    x: Tensor, scale: Tensor | None, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
+) -> Parts:
+    return _fake_parts(x, x.shape[-1], format, layout)
+
+
+def _fake_swiglu(
+    gate_up: Tensor, limit: float | None, routing_weight: Tensor | None,
+    format: str, layout: str, scale_rounding: str, floor: float, kernel: str,
+) -> Parts:  # fmt: skip
+    return _fake_parts(gate_up, gate_up.shape[-1] // 2, format, layout)
+
+
+def _fake_rmsnorm(
+    x: Tensor, weight: Tensor, eps: float, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
+) -> Parts:
+    return _fake_parts(x, x.shape[-1], format, layout)
+
+
+def _fake_parts(x: Tensor, cols: int, format: str, layout: str) -> Parts:
+    fmt, (*lead, rows, _) = get_format(format), x.shape
+    data = x.new_empty(*lead, *fmt.data_shape(rows, cols), dtype=fmt.element.dtype)
+    scale = x.new_empty(*lead, *fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype)
+    level = x.new_empty(*lead, dtype=torch.float32) if fmt.two_level else x.new_empty(*lead, 0, dtype=torch.float32)
+    q = BlockScaled.trusted(data, scale, fmt, "row", (*lead, rows, cols))
+    packed = get_layout(layout).pack(q)  # plain torch, so it runs on fake tensors too
+    return packed.data, packed.scale, level
+
+
+for _name, _run, _fake in (
+    ("linear", _linear, _fake_linear),
+    ("grouped_linear", _grouped_linear, _fake_linear),
+    ("dense_linear", _dense_linear, _fake_dense),
+    ("quantize", _quantize, _fake_quantize),
+    ("swiglu_quantize", _swiglu_quantize, _fake_swiglu),
+    ("rmsnorm_quantize", _rmsnorm_quantize, _fake_rmsnorm),
+):
+    _LIBRARY.define(_name + _SCHEMAS[_name])  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"blockscale::{_name}", _fake, lib=_LIBRARY)
+
+OPS = torch.ops.blockscale
+"""The ops, as `torch.ops.blockscale`, once their schemas exist."""

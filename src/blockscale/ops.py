@@ -1,0 +1,198 @@
+"""The operations, as public functions: they check their input, take the container apart and call `library`. Floor 6."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import library, reference, registry
+from .errors import DtypeError, ShapeError
+from .formats import Format, ScaleRounding, get_format
+from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
+from .platform import detect
+from .registry import Problem
+from .tensor import BlockScaled
+
+
+def quantize(
+    x: Tensor,
+    format: str | Format,
+    *,
+    scale: Tensor | None = None,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float | None = None,
+    layout: str = "row",
+    kernel: str | None = None,
+) -> BlockScaled:
+    """Quantize `x: [..., rows, cols]` (fp32, bf16, fp16) to a format, with the bytes that `reference` defines.
+
+    format: a name such as "fp8_128x128". scale: given scales `[..., grid rows, grid cols]` make it static.
+    scale_rounding: "none", "pow2_ceil" or "pow2_floor" instead of the format's rule. floor: lower bound of a block's
+    amax, in units of x (default 1e-10). layout: how the result is laid out. kernel: the kernel or family that must
+    do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN.
+
+    Raises ShapeError, DtypeError, ScaleError, UnknownNameError or NoKernelError.
+    """
+    fmt = get_format(format)
+    reference.check_input(x, fmt)
+    if scale is not None:
+        reference.check_scale(scale, x, fmt)
+    parts = library.OPS.quantize(
+        x, scale, fmt.name, layout, scale_rounding or "", DEFAULT_FLOOR if floor is None else floor, kernel or ""
+    )
+    return _quantized(parts, fmt, layout, tuple(x.shape))
+
+
+def swiglu_quantize(
+    gate_up: Tensor,
+    format: str | Format,
+    *,
+    limit: float | None = None,
+    routing_weight: Tensor | None = None,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float | None = None,
+    layout: str = "row",
+    kernel: str | None = None,
+) -> BlockScaled:
+    """`quantize(silu(gate) * up)` in one pass for `gate_up: [T, 2 I]`, gate first -> `[T, I]`.
+
+    limit: gate <= limit and |up| <= limit first (DeepSeek-V4's clamped SwiGLU). routing_weight: `[T]`, multiplies
+    before the quantization. The product is rounded to gate_up's dtype before it is quantized, as unfused code does.
+    """
+    fmt = get_format(format)
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ShapeError(f"swiglu_quantize: needs gate_up [T, 2 I], got {list(gate_up.shape)}")
+    floor = DEFAULT_FLOOR if floor is None else floor
+    parts = library.OPS.swiglu_quantize(
+        gate_up, limit, routing_weight, fmt.name, layout, scale_rounding or "", floor, kernel or ""
+    )
+    return _quantized(parts, fmt, layout, (gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    format: str | Format,
+    *,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float | None = None,
+    layout: str = "row",
+    kernel: str | None = None,
+) -> BlockScaled:
+    """`quantize(rmsnorm(x) * weight)` in one pass for `x: [T, K]`, `weight: [K]`.
+
+    The normalised row is rounded to x's dtype before it is quantized, as unfused code does.
+    """
+    fmt = get_format(format)
+    if x.dim() != 2 or tuple(weight.shape) != tuple(x.shape[1:]):
+        raise ShapeError(f"rmsnorm_quantize: needs x [T, K] and weight [K], got {list(x.shape)}, {list(weight.shape)}")
+    floor = DEFAULT_FLOOR if floor is None else floor
+    parts = library.OPS.rmsnorm_quantize(x, weight, eps, fmt.name, layout, scale_rounding or "", floor, kernel or "")
+    return _quantized(parts, fmt, layout, tuple(x.shape))
+
+
+def dequantize(q: BlockScaled, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`data * scale` in fp32, rounded once to `dtype`: `[..., rows, cols]`. Explicit, never done behind your back."""
+    return reference.dequantize(q, dtype)
+
+
+def matmul(
+    x: BlockScaled, w: BlockScaled, out_dtype: torch.dtype = torch.bfloat16, *, kernel: str | None = None
+) -> Tensor:
+    """`x: [M, K]` times `w: [N, K]` transposed, both quantized -> `[M, N]`, accumulated in fp32.
+
+    Raises ShapeError when K differs, NoKernelError with every kernel's reasons.
+    """
+    _check_inner(x.shape, w)
+    n, k = w.shape[-2:]
+    problem = Problem("matmul", n, k, x.data.dtype, w.format, w.layout, out_dtype, x_format=x.format, x_layout=x.layout)
+    plan = registry.select(problem, detect(x.device), kernel=kernel, repack=False)
+    return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w))
+
+
+def linear(
+    x: Tensor,
+    w: BlockScaled,
+    bias: Tensor | None = None,
+    *,
+    numerics: str | Numerics = "checkpoint",
+    kernel: str | None = None,
+) -> Tensor:
+    """`x: [..., K]` times `w: [N, K]` transposed, plus bias `[N]` -> `[..., N]` in x's dtype.
+
+    numerics: "checkpoint" quantizes x as the weight's format asks, "weight_only" leaves it as it is; see `Numerics`.
+    kernel: the kernel or family that must do it; obeyed, or NoKernelError says why not.
+
+    Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
+    """
+    _check_inner(x.shape, w)
+    _check_operands(x, w, bias)
+    parts = (w.data, w.scale, w.global_scale, w.input_scale)
+    y: Tensor = library.OPS.linear(x, *parts, bias, *_how(w, numerics, kernel))
+    return y
+
+
+def grouped_linear(
+    x: Tensor,
+    w: BlockScaled,
+    offsets: Tensor,
+    *,
+    numerics: str | Numerics = "checkpoint",
+    kernel: str | None = None,
+) -> Tensor:
+    """Experts: rows of `x: [T, K]` sorted by expert times `w: [E, N, K]` -> `[T, N]` in x's dtype.
+
+    offsets: int32 `[E]`, the end row of each expert's slice; rows past the last come out as zero.
+    """
+    _check_inner(x.shape, w)
+    _check_operands(x, w, None)
+    if len(w.shape) != 3 or tuple(offsets.shape) != (w.shape[0],):
+        raise ShapeError(
+            f"grouped_linear: needs w [E, N, K] and offsets [E], got {list(w.shape)} and {list(offsets.shape)}"
+        )
+    parts = (w.data, w.scale, w.global_scale, w.input_scale)
+    y: Tensor = library.OPS.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
+    return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
+    """`x: [..., K]` times an unquantized `weight: [N, K]` transposed -> `[..., N]`; for lm_head and routers."""
+    if x.shape[-1] != weight.shape[-1]:
+        raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
+    y: Tensor = library.OPS.dense_linear(x, weight, bias, kernel or "")
+    return y
+
+
+def linear_problem(
+    w: BlockScaled, x_dtype: torch.dtype, numerics: str | Numerics = "checkpoint", op: str = "linear"
+) -> Problem:
+    """The problem that `linear` poses with this weight: what `explain` and `select` take."""
+    *lead, n, k = w.shape
+    policy, static = get_numerics(numerics), w.input_scale is not None
+    return Problem(op, n, k, x_dtype, w.format, w.layout, x_dtype, policy, lead[0] if lead else 0, static)
+
+
+def _how(w: BlockScaled, numerics: str | Numerics, kernel: str | None) -> tuple[int, int, str, str, str, str]:
+    return w.shape[-2], w.shape[-1], w.format.name, w.layout, str(numerics), kernel or ""
+
+
+def _quantized(parts: tuple[Tensor, ...], fmt: Format, layout: str, shape: tuple[int, ...]) -> BlockScaled:
+    data, scale, level = parts
+    return BlockScaled(data, scale, fmt, layout, shape, global_scale=level if fmt.two_level else None)
+
+
+def _check_inner(x: torch.Size | tuple[int, ...], w: BlockScaled) -> None:
+    if not len(x) or x[-1] != w.shape[-1]:
+        raise ShapeError(f"{w.format}: x {list(x)} and w {list(w.shape)} need the same K (the last dimension)")
+
+
+def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
+    if not x.dtype.is_floating_point or x.element_size() == 1:
+        raise DtypeError(f"linear: x needs float32, bfloat16 or float16, got {x.dtype}; quantized x goes to matmul")
+    if x.device != w.device:
+        raise DtypeError(f"linear: x is on {x.device}, the weight on {w.device}")
+    if bias is not None and tuple(bias.shape) != (w.shape[-2],):
+        raise ShapeError(f"linear: w {list(w.shape)} needs bias [{w.shape[-2]}], got {list(bias.shape)}")
