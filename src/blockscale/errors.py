@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message says what was got, what is needed, and where. Floor 0."""
+"""What can go wrong, as types. Every message says what was got, what is needed, and where."""
 
 from __future__ import annotations
 

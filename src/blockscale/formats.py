@@ -1,4 +1,4 @@
-"""What the numbers mean: element type, block and scale rule of every format. Floor 0: data, no code paths.
+"""What the numbers mean: element type, block and scale rule of every format. Data, no code paths.
 
 A format says that `x ≈ data * scale`: `data` holds 8- or 4-bit floats and one `scale` serves a block of
 `(rows, cols)` elements. Names follow `<element>_<granularity>[_ue8m0]`; `mxfp8`, `mxfp4` and `nvfp4` are the

@@ -1,4 +1,4 @@
-"""How data and scales sit in memory: named pack/unpack pairs over the layout "row". Floor 2.
+"""How data and scales sit in memory: named pack/unpack pairs over the layout "row".
 
 Every layout is a *physical* description: the tensors of a packed `BlockScaled` are contiguous, so a copy, a move
 to another device or a save cannot change their meaning. `scale_view` gives the strided view that kernels want.

@@ -1,4 +1,4 @@
-"""The torch.library boundary: where tracing stops and kernels are picked. Floor 5.
+"""The torch.library boundary: where tracing stops and kernels are picked.
 
 torch.compile sees one opaque op with a fake implementation, so a compiler that cannot handle fp8 never meets it.
 Schemas hold tensors, ints, floats and strings only; the container is rebuilt behind the boundary. The plan of a call
@@ -160,7 +160,7 @@ def _parts(q: BlockScaled) -> Parts:
 
 
 def _stack(parts: tuple[Tensor, ...], lead: torch.Size) -> Tensor:
-    """Matrices back under their leading dimensions; `torch.stack` for 8-bit floats too, which torch cannot stack on every device."""
+    """Matrices back under their leading dimensions, as bytes where torch cannot stack the dtype."""
     dtype = parts[0].dtype
     stacked = torch.stack([t.view(torch.uint8) if t.element_size() == 1 else t for t in parts])
     return stacked.view(dtype).reshape(*lead, *parts[0].shape)

@@ -1,4 +1,4 @@
-"""Modules over the operations. Floor 7.
+"""Modules over the operations.
 
 A module holds the stored bytes as buffers under the checkpoint's names. `.to(device)` moves them; no cast touches
 them: after `.to(torch.bfloat16)`, `.half()` or `.float()` every FP8 byte and every scale is what it was.

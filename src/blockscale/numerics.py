@@ -1,4 +1,4 @@
-"""What is computed, apart from who computes it: the policy for activations. Floor 1.
+"""What is computed, apart from who computes it: the policy for activations.
 
 A checkpoint fixes its numerics and no kernel may change them. `Numerics` is frozen data: the registry hands it
 to kernels inside the `Problem`, and a kernel that cannot do exactly this refuses.

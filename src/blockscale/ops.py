@@ -1,4 +1,4 @@
-"""The operations, as public functions: they check their input, take the container apart and call `library`. Floor 6."""
+"""The operations, as public functions: they check their input, take the container apart and call `library`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device can do. The only file that asks about hardware or installed packages. Floor 0.
+"""What a device can do. The only file that asks about hardware or installed packages.
 
 A `Platform` is plain data, so every kernel choice can be computed, explained and tested for any device on any
 machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not here.

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the definition that all kernels are held to. Floor 2. Clarity beats speed.
+"""Every operation in plain torch: the definition that all kernels are held to. Clarity beats speed.
 
 Quantization is a definition down to the byte:
 

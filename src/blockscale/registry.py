@@ -1,4 +1,4 @@
-"""Choose a kernel for a problem on a platform, and say why every other one was not chosen. Floor 3.
+"""Choose a kernel for a problem on a platform, and say why every other one was not chosen.
 
 `explain` asks every kernel of the operation and keeps all its reasons; `select` turns the answers into a `Plan`.
 Both are pure functions of a `Problem` and a `Platform`, so any choice can be computed on any machine.

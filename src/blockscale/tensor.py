@@ -1,4 +1,4 @@
-"""A block-scaled tensor: data, scale, format and layout travel together. Floor 1."""
+"""A block-scaled tensor: data, scale, format and layout travel together."""
 
 from __future__ import annotations
 

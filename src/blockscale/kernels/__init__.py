@@ -1,1 +1,1 @@
-"""One folder for each way to write kernels; each exports KERNELS. The registry finds them; nobody imports them by name."""
+"""One folder for each way to write kernels; each exports KERNELS. The registry finds them by itself."""

@@ -1,0 +1,40 @@
+"""The command line. Each command is a module with a `register`; errors are one line on stderr.
+
+Exit codes: 0 done; 1 a check found a fault (conformance, verify); 2 bad input or usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import typer
+
+from ..errors import BlockscaleError
+
+app = typer.Typer(
+    name="blockscale",
+    help="Make and run block-scaled FP8/FP4 checkpoints on CUDA, ROCm, XPU and CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+for _module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}").register(app)
+
+
+def main() -> None:
+    """Entry point: run the app and turn what users can mend into one line instead of a traceback."""
+    try:
+        app()
+    except BlockscaleError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.strerror or e}: {e.filename}" if e.filename else f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

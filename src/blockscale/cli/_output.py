@@ -1,0 +1,48 @@
+"""What commands share: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..platform import Platform, detect
+from ..registry import Decision, Plan, Problem
+
+
+def console() -> Console:
+    """stdout, made when it is used, so that a captured or redirected stream is respected."""
+    return Console(soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def platform_from(text: str | None, device: str) -> Platform:
+    """The platform that the user described, or the device's own."""
+    return Platform.parse(text) if text else detect(torch.device(device))
+
+
+def plan_json(plan: Plan | None) -> list[dict[str, Any]]:
+    return [{"m_min": s.m_min, "m_max": s.m_max, "kernel": s.kernel.name} for s in plan.spans] if plan else []
+
+
+def decisions_json(decisions: list[Decision]) -> list[dict[str, Any]]:
+    return [{"kernel": d.kernel.name, "accepted": d.accepted, "reasons": list(d.reasons)} for d in decisions]
+
+
+def problem_json(problem: Problem) -> dict[str, Any]:
+    return {
+        "op": problem.op,
+        "n": problem.n,
+        "k": problem.k,
+        "x_dtype": str(problem.x_dtype).removeprefix("torch."),
+        "format": str(problem.format) if problem.format else None,
+        "activation_format": str(problem.activation_format) if problem.activation_format else None,
+        "numerics": str(problem.numerics),
+        "groups": problem.groups or None,
+    }

@@ -1,0 +1,109 @@
+"""`blockscale explain`: which kernel serves a layer, and why every other one does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from ..errors import BlockscaleError, NoKernelError
+from ..formats import get_format
+from ..numerics import get_numerics
+from ..platform import Platform
+from ..registry import Plan, Problem, explain, select
+from ._output import console, decisions_json, plan_json, platform_from, print_json, problem_json
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("explain")
+    def command(
+        checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint directory.")] = None,
+        shape: Annotated[str | None, typer.Option(help="N,K or E,N,K instead of a checkpoint.")] = None,
+        format: Annotated[str, typer.Option(help="Weight format of --shape.")] = "fp8_128x128",
+        op: Annotated[str, typer.Option(help="Operation.")] = "linear",
+        platform: Annotated[
+            str | None, typer.Option(help="Describe a platform: kind[:arch][+feature[=version]]…")
+        ] = None,
+        device: Annotated[str, typer.Option(help="Or take a device of this machine.")] = "cpu",
+        numerics: Annotated[str, typer.Option(help="Policy for activations.")] = "checkpoint",
+        dtype: Annotated[str, typer.Option(help="dtype of x and of the result.")] = "bfloat16",
+        kernel: Annotated[str | None, typer.Option(help="Order this kernel or family.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Say which kernel runs, by M, and every reason why the others do not."""
+        if (checkpoint is None) == (shape is None):
+            raise BlockscaleError("explain: needs either a checkpoint or --shape N,K")
+        if dtype not in _DTYPES:
+            raise BlockscaleError(f"explain: --dtype needs one of {', '.join(_DTYPES)}, got {dtype!r}")
+        where = platform_from(platform, device)
+        if shape is not None:
+            problems = Counter([_problem(shape, format, op, numerics, _DTYPES[dtype])])
+        else:
+            assert checkpoint is not None
+            problems = _problems(checkpoint, numerics, _DTYPES[dtype])
+        answers = [_answer(problem, where, kernel, count) for problem, count in problems.items()]
+        if as_json:
+            print_json({k: v for k, v in answers[0].items() if k != "layers"} if shape else {"layers": answers})
+        else:
+            for problem in problems:
+                _show(problem, where, kernel, problems[problem])
+
+
+def _problem(shape: str, format: str, op: str, numerics: str, dtype: torch.dtype) -> Problem:
+    try:
+        *lead, n, k = (int(part) for part in shape.split(","))
+    except ValueError as e:
+        raise BlockscaleError(f"explain: --shape needs N,K or E,N,K, got {shape!r}") from e
+    fmt = None if op == "dense_linear" else get_format(format)
+    if op.endswith("quantize"):
+        n = 0
+    return Problem(op, n, k, dtype, fmt, "row", dtype, get_numerics(numerics), lead[0] if lead else 0)
+
+
+def _problems(checkpoint: Path, numerics: str, dtype: torch.dtype) -> Counter[Problem]:
+    """Distinct layer shapes of a checkpoint and how many layers have each."""
+    from ..checkpoint import open_checkpoint
+
+    policy, found = get_numerics(numerics), Counter[Problem]()
+    for layer in open_checkpoint(checkpoint).layers:
+        n, k = layer.shape[-2:]
+        found[Problem("linear", n, k, dtype, layer.format, "row", dtype, policy)] += 1
+    return found
+
+
+def _answer(problem: Problem, platform: Platform, kernel: str | None, count: int) -> dict[str, Any]:
+    plan, _ = _plan(problem, platform, kernel)
+    return {
+        "problem": problem_json(problem),
+        "platform": str(platform),
+        "plan": plan_json(plan),
+        "decisions": decisions_json(explain(problem, platform)),
+        "layers": count,
+    }
+
+
+def _plan(problem: Problem, platform: Platform, kernel: str | None) -> tuple[Plan | None, str]:
+    """The plan, or None and why there is none: that too is an answer."""
+    try:
+        return select(problem, platform, kernel=kernel), ""
+    except NoKernelError as e:
+        return None, str(e)
+
+
+def _show(problem: Problem, platform: Platform, kernel: str | None, count: int) -> None:
+    out = console()
+    times = f"  ({count} layers)" if count > 1 else ""
+    out.print(f"\n{problem}{times}\non {platform}", highlight=False)
+    plan, why = _plan(problem, platform, kernel)
+    out.print(f"plan: {plan}" if plan else f"[red]{why}[/red]", highlight=False)
+    table = Table("kernel", "", "why not")
+    for decision in explain(problem, platform):
+        mark = "[green]accepts[/green]" if decision.accepted else "refuses"
+        table.add_row(decision.kernel.name, mark, "\n".join(decision.reasons))
+    out.print(table)

@@ -1,0 +1,12 @@
+"""The suite that any kernel, ours or a third party's, must pass.
+
+>>> from blockscale.conformance import run
+>>> report = run("cpu", kernel="reference", ops=("quantize",), quick=True)
+>>> report.failed
+0
+"""
+
+from .cases import Case, cases
+from .suite import Failure, Report, check, run
+
+__all__ = ["Case", "Failure", "Report", "cases", "check", "run"]

@@ -1,0 +1,147 @@
+"""What is tried: ops × formats × ragged shapes × dtypes × edge values. Plain data, no device touched."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import FORMATS, Format, get_format
+from ..numerics import Numerics, get_numerics
+from ..registry import Problem
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+SHAPES = ((1, 64, 128), (3, 192, 576), (5, 129, 200), (33, 320, 256), (70, 576, 384), (130, 130, 1000))
+"""(M, N, K): one row, odd rows, every dimension ragged against 32, 64 and 128, and one past each tile."""
+QUANTIZE_SHAPES = ((1, 128), (3, 576), (7, 200), (129, 320), (256, 1024))
+"""(rows, cols)."""
+WEIGHTS = (
+    "fp8_128x128", "fp8_128x128_ue8m0", "fp8_32x32_ue8m0", "fp8_1x128", "fp8_row", "fp8_tensor",
+    "fp8e5m2_128x128", "fp8fnuz_128x128", "mxfp8", "mxfp4", "nvfp4",
+)  # fmt: skip
+EDGES = ("plain", "bias", "zero_row", "tiny", "large", "nan_row", "all_codes", "strided")
+QUANTIZE_EDGES = ("plain", "zeros", "tiny", "ties", "nonfinite", "strided", "static")
+LAYOUTS = ("row", "col_scales", "tma", "ue8m0x4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem with its operands. n is 0 for quantize ops; groups is the number of experts of a grouped op."""
+
+    op: str
+    format: str | None
+    m: int
+    n: int
+    k: int
+    x_dtype: torch.dtype = BF16
+    numerics: str = "checkpoint"
+    edge: str = "plain"
+    layout: str = "row"
+    groups: int = 0
+
+    @property
+    def fmt(self) -> Format | None:
+        return get_format(self.format) if self.format else None
+
+    @property
+    def policy(self) -> Numerics:
+        return get_numerics(self.numerics)
+
+    @property
+    def seed(self) -> int:
+        """Fixed by the case itself, so a failure can be repeated alone."""
+        return zlib.crc32(str(self).encode())
+
+    def problem(self) -> Problem:
+        static = self.edge == "static"
+        x_format = self.policy.activation_format(self.fmt) if self.op == "matmul" and self.fmt else None
+        x_dtype = x_format.element.dtype if x_format else self.x_dtype
+        w_dtype = self.x_dtype if self.op == "dense_linear" else None
+        return Problem(
+            self.op, self.n, self.k, x_dtype, self.fmt, self.layout, self.x_dtype, self.policy, self.groups, static,
+            x_format=x_format, w_dtype=w_dtype,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        dtype = str(self.x_dtype).removeprefix("torch.")
+        experts = f" E={self.groups}" if self.groups else ""
+        shape = f"M={self.m}{experts} N={self.n} K={self.k}" if self.n else f"rows={self.m} cols={self.k}"
+        tail = "" if self.layout == "row" else f" {self.layout}"
+        return f"{self.op} {self.format or ''} {shape} {dtype} {self.numerics} {self.edge}{tail}"
+
+
+def cases(*, quick: bool = False) -> Iterator[Case]:
+    """Every case. quick: one shape and edge of each kind, for `doctor` and smoke tests."""
+    yield from _linear("linear", quick)
+    yield from _matmul(quick)
+    yield from _grouped(quick)
+    yield from _quantize(quick)
+    yield from _fused(quick)
+    yield from _dense(quick)
+
+
+def _fits(fmt: Format, k: int) -> bool:
+    return not fmt.packed or k % 2 == 0
+
+
+def _linear(op: str, quick: bool) -> Iterator[Case]:
+    for name in WEIGHTS[:1] if quick else WEIGHTS:
+        fmt = get_format(name)
+        for policy in ("checkpoint", "weight_only"):
+            for m, n, k in SHAPES[1:2] if quick else SHAPES:
+                if _fits(fmt, k):
+                    yield Case(op, name, m, n, k, numerics=policy)
+            for dtype in () if quick else (F16, F32):
+                yield Case(op, name, 3, 192, 576, dtype, policy)
+            for edge in () if quick else EDGES[1:]:
+                yield Case(op, name, 5, 130, 384, F32, policy, edge)
+    if not quick:
+        for policy in ("deepseek_v3", "deepseek_v4"):
+            yield Case(op, "fp8_128x128_ue8m0", 33, 320, 576, numerics=policy)
+        for m in (2, 4, 8, 16, 32, 64, 65, 129, 257):  # the borders of every kernel's M range
+            yield Case(op, "fp8_128x128", m, 256, 512)
+
+
+def _matmul(quick: bool) -> Iterator[Case]:
+    for name in ("fp8_128x128",) if quick else ("fp8_128x128", "fp8_128x128_ue8m0", "fp8_row", "mxfp8", "nvfp4"):
+        for m, n, k in SHAPES[1:2] if quick else SHAPES:
+            if _fits(get_format(name), k):
+                yield Case("matmul", name, m, n, k)
+
+
+def _grouped(quick: bool) -> Iterator[Case]:
+    for name in ("fp8_128x128",) if quick else ("fp8_128x128", "fp8_128x128_ue8m0", "mxfp4", "nvfp4"):
+        for policy in ("checkpoint", "weight_only"):
+            for m, n, k in ((9, 192, 384),) if quick else ((1, 128, 256), (9, 192, 384), (140, 320, 576)):
+                yield Case("grouped_linear", name, m, n, k, numerics=policy, groups=5)
+
+
+def _quantize(quick: bool) -> Iterator[Case]:
+    for name in ("fp8_1x128", "fp8_128x128") if quick else FORMATS:
+        fmt = get_format(name)
+        for rows, cols in QUANTIZE_SHAPES[1:2] if quick else QUANTIZE_SHAPES:
+            yield Case("quantize", name, rows, 0, cols)
+        for dtype in () if quick else (F16, F32):
+            yield Case("quantize", name, 3, 0, 576, dtype)
+        for edge in () if quick else QUANTIZE_EDGES[1:]:
+            yield Case("quantize", name, 5, 0, 384, F32, edge=edge)
+        for layout in () if quick else LAYOUTS[1:]:
+            fits = {"tma": fmt.scale_dtype == F32, "ue8m0x4": fmt.scale_dtype == torch.float8_e8m0fnu}
+            if fits.get(layout, True) and not fmt.two_level:
+                yield Case("quantize", name, 7, 0, 576, layout=layout)
+
+
+def _fused(quick: bool) -> Iterator[Case]:
+    for op in ("swiglu_quantize", "rmsnorm_quantize"):
+        for name in ("fp8_1x128",) if quick else ("fp8_1x128", "fp8_1x128_ue8m0", "fp8_1x32_ue8m0", "fp8_row"):
+            for rows, cols in ((3, 384),) if quick else ((1, 128), (3, 576), (130, 1024)):
+                yield Case(op, name, rows, 0, cols)
+
+
+def _dense(quick: bool) -> Iterator[Case]:
+    for dtype in (F32,) if quick else (F32, BF16, F16):
+        for m, n, k in SHAPES[1:2] if quick else SHAPES:
+            yield Case("dense_linear", None, m, n, k, dtype)

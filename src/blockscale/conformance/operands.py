@@ -1,0 +1,141 @@
+"""The operands of a case and what must come out, on the CPU and in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..numerics import DEFAULT_FLOOR
+from ..tensor import BlockScaled
+from .cases import Case
+
+SWIGLU_LIMIT = 2.0
+RMS_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Inputs of one case. Which are used depends on the op."""
+
+    x: Tensor
+    w: BlockScaled | None = None
+    bias: Tensor | None = None
+    offsets: Tensor | None = None
+    dense: Tensor | None = None
+    scale: Tensor | None = None
+    floor: float = DEFAULT_FLOOR
+
+
+@dataclass(frozen=True)
+class Expected:
+    """value: fp64 `[M, N]`. magnitude: sum of |x| |w| (and |bias|), what rounding errors are relative to."""
+
+    value: Tensor
+    magnitude: Tensor
+
+
+def make(case: Case) -> Operands:
+    """Random operands, the same for the same case everywhere."""
+    g = torch.Generator().manual_seed(case.seed)
+    width = {"swiglu_quantize": 2 * case.k}.get(case.op, case.k)
+    x = _edge_rows(_spread(torch.randn(case.m, width, generator=g), g), case.edge, g).to(case.x_dtype)
+    if case.edge == "strided":
+        x = torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, :width]
+    if case.op == "dense_linear":
+        return Operands(x, dense=torch.randn(case.n, case.k, generator=g).to(case.x_dtype))
+    if case.op == "rmsnorm_quantize":
+        return Operands(x, dense=torch.rand(case.k, generator=g).to(case.x_dtype))
+    if case.op == "swiglu_quantize":
+        return Operands(x, dense=torch.rand(case.m, generator=g))
+    fmt = case.fmt
+    assert fmt is not None
+    if case.op == "quantize":
+        scale = None
+        if case.edge == "static":
+            scale = reference.quantize(torch.randn(case.m, case.k, generator=g) * 3, fmt).scale
+        return Operands(x, scale=scale)
+    lead = (case.groups,) if case.groups else ()
+    w = reference.quantize(_spread(torch.randn(*lead, case.n, case.k, generator=g), g), fmt)
+    if case.edge == "all_codes" and not fmt.packed:
+        w = replace(w, data=_all_codes(w, g))
+    bias = torch.randn(case.n, generator=g).to(case.x_dtype) if case.edge == "bias" else None
+    return Operands(x, w, bias, _offsets(case, g) if case.groups else None)
+
+
+def expected(case: Case, o: Operands) -> Expected:
+    """What a multiplying op must give, by the definition, before its result is rounded."""
+    if case.op == "dense_linear":
+        assert o.dense is not None
+        return _product(o.x, o.dense, None)
+    assert o.w is not None
+    if case.op != "grouped_linear":
+        return _product(reference.activations(o.x, o.w, case.policy), reference.dequantize(o.w), o.bias)
+    assert o.offsets is not None
+    value = torch.zeros(case.m, case.n, dtype=torch.float64)
+    magnitude = torch.zeros_like(value)
+    start = 0
+    for expert, end in enumerate(o.offsets.tolist()):
+        if end > start:
+            w = o.w[expert]
+            part = _product(reference.activations(o.x[start:end], w, case.policy), reference.dequantize(w), None)
+            value[start:end], magnitude[start:end] = part.value, part.magnitude
+        start = end
+    return Expected(value, magnitude)
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Expected:
+    x, w = x.double(), w.double()
+    value, magnitude = x @ w.mT, x.abs() @ w.abs().mT
+    if bias is not None:
+        value, magnitude = value + bias.double(), magnitude + bias.double().abs()
+    return Expected(value, magnitude)
+
+
+def _spread(x: Tensor, g: torch.Generator) -> Tensor:
+    """Give every row and every 16 columns a magnitude of their own, so that a wrong scale cannot hide."""
+    rows, cols = x.shape[-2:]
+    by_row = torch.rand(rows, 1, generator=g) * 4 - 2
+    by_col = (torch.rand(-(-cols // 16), generator=g) * 4 - 2).repeat_interleave(16)[:cols]
+    return x * torch.exp2(by_row + by_col)
+
+
+def _edge_rows(x: Tensor, edge: str, g: torch.Generator) -> Tensor:
+    if edge == "zeros":
+        return torch.zeros_like(x)
+    if edge == "zero_row":
+        x[0] = 0
+    elif edge == "tiny":
+        x[0] *= 1e-13  # below the floor
+        x[-1] *= 1e-38  # subnormal in fp32
+    elif edge == "large":
+        x[0] *= 1e25
+    elif edge == "nan_row":
+        x[1, 3] = torch.nan
+    elif edge == "nonfinite":
+        x[0, 1], x[1, 200], x[2, 0] = torch.nan, torch.inf, -torch.inf
+    elif edge == "ties":  # values halfway between neighbours of every element type, under a scale of a power of two
+        grid = torch.arange(x.numel()).reshape(x.shape) % 448
+        x = torch.where(grid == 0, torch.tensor(448.0), grid + 0.5) * torch.where(
+            torch.rand(x.shape, generator=g) < 0.5, -1, 1
+        )
+        x[:, ::32] = 448.0
+    return x
+
+
+def _all_codes(w: BlockScaled, g: torch.Generator) -> Tensor:
+    """Random bytes over every finite code, subnormals and both zeros included."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[codes.view(w.format.element.dtype).float().isfinite()]
+    pick = torch.randint(len(finite), w.data.shape, generator=g)
+    return finite[pick].view(w.format.element.dtype)
+
+
+def _offsets(case: Case, g: torch.Generator) -> Tensor:
+    """End rows of each expert's slice; the second expert always gets none."""
+    ends = torch.randint(0, case.m + 1, (case.groups,), generator=g).sort().values
+    ends[0], ends[-1] = min(1, case.m), case.m
+    ends[1] = ends[0]
+    return ends.sort().values.to(torch.int32)

@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import blockscale
+from blockscale.cli import app
+from blockscale.kernels.reference import Linear
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+@pytest.mark.parametrize(
+    "platform", ["xpu:bmg+triton", "rocm:gfx942", "cuda:sm_90+triton=3.6", "cuda:sm_75", "cpu:neon"]
+)
+def test_explain_answers_for_any_platform(platform):
+    result = run("explain", "--shape", "192,576", "--platform", platform, "--json")
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert answer["platform"] == str(blockscale.Platform.parse(platform))
+    assert answer["plan"][-1]["m_max"] is None
+    assert answer["problem"]["activation_format"] == "fp8_1x128"
+    for decision in answer["decisions"]:
+        assert decision["accepted"] == (decision["reasons"] == [])
+    kernels = {k.name for k in blockscale.registry.kernels() if k.op == "linear"}
+    assert {d["kernel"] for d in answer["decisions"]} == kernels
+
+
+def test_explain_prints_a_table():
+    result = run("explain", "--shape", "192,576", "--platform", "xpu:bmg+triton")
+    assert "plan: M 1..: reference.linear" in result.stdout or "plan: M 1..: triton" in result.stdout
+    assert "reference.linear" in result.stdout
+
+
+def test_doctor_runs_what_it_calls_usable():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["platform"].startswith("cpu")
+    by_name = {(row["op"], row["kernel"]): row for row in report["kernels"]}
+    assert by_name["linear", "reference.linear"]["ran"] is True
+    assert by_name["linear", "reference.linear"]["max_error"] < 1
+    assert all(row["ran"] == row["accepted"] for row in report["kernels"])
+
+
+class Broken(Linear):
+    name = "broken.linear"
+    priority = 10_000
+
+    def run(self, problem, x, w, bias):
+        raise RuntimeError("driver too old")
+
+
+def test_doctor_survives_a_broken_kernel():
+    kernel = blockscale.register(Broken())
+    try:
+        result = run("doctor", "--json")
+    finally:
+        blockscale.unregister(kernel)
+    row = next(r for r in json.loads(result.stdout)["kernels"] if r["kernel"] == "broken.linear")
+    assert (row["accepted"], row["ran"]) == (True, False)
+    assert "driver too old" in row["reasons"][0]
+
+
+def test_conformance_exits_1_on_a_fault_and_0_without():
+    assert run("conformance", "--quick", "--kernel", "reference").exit_code == 0
+    kernel = blockscale.register(Broken())
+    try:
+        result = run("conformance", "--quick", "--kernel", "broken")
+    finally:
+        blockscale.unregister(kernel)
+    assert result.exit_code == 1
+    assert "driver too old" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["explain"], "needs either a checkpoint or --shape"),
+        (["explain", "--shape", "192"], "--shape needs N,K"),
+        (["explain", "--shape", "192,576", "--format", "fp8_129"], "did you mean"),
+        (["explain", "--shape", "192,576", "--platform", "!"], "need kind"),
+        (["explain", "--shape", "192,576", "--dtype", "int8"], "--dtype needs one of"),
+        (["conformance", "--kernel", "nothing"], "unknown kernel 'nothing'"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(args, message):
+    result = subprocess.run([sys.executable, "-m", "blockscale", *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

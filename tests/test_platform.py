@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from blockscale import BlockscaleError, Platform, detect
+from blockscale.platform import _xpu_arch
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "arch", "features"),
+    [
+        ("cpu", "cpu", "", {}),
+        ("cuda:sm_90+triton=3.6", "cuda", "sm_90", {"triton": "3.6"}),
+        ("xpu:bmg+triton+vllm-xpu-kernels=0.1.16.2", "xpu", "bmg", {"triton": "", "vllm-xpu-kernels": "0.1.16.2"}),
+        ("rocm:gfx942+triton", "rocm", "gfx942", {"triton": ""}),
+        ("npu:a3", "npu", "a3", {}),
+    ],
+)
+def test_parse_and_print(text, kind, arch, features):
+    p = Platform.parse(text)
+    assert (p.kind, p.arch, dict(p.features)) == (kind, arch, features)
+    assert Platform.parse(str(p)) == p
+
+
+@pytest.mark.parametrize("text", ["", "cuda:", "cuda:sm 90", "CUDA:sm_90", "cuda:sm_90++triton", ":sm_90"])
+def test_bad_text(text):
+    with pytest.raises(BlockscaleError, match="need kind"):
+        Platform.parse(text)
+
+
+def test_versions_compare_by_number():
+    p = Platform.parse("cuda:sm_90+triton=3.10.1+torch")
+    assert p.at_least("triton", "3.6")
+    assert not p.at_least("triton", "4")
+    assert p.at_least("torch", "99")
+    assert not p.at_least("deep_gemm", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "capability"), [("cuda:sm_90", 90), ("cuda:sm_121a", 121), ("rocm:gfx942", 0), ("cuda", 0)]
+)
+def test_capability(text, capability):
+    assert Platform.parse(text).capability == capability
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("Intel(R) Data Center GPU Max 1550", "pvc"),
+        ("Intel(R) Arc(TM) B580 Graphics", "bmg"),
+        ("Intel(R) Arc(TM) A770 Graphics", "dg2"),
+        ("Intel(R) Graphics [0x1234]", "intel-r-graphics-0x1234"),
+    ],
+)
+def test_xpu_names(name, arch):
+    assert _xpu_arch(name) == arch
+
+
+def test_detect_the_cpu():
+    p = detect("cpu")
+    assert p.kind == "cpu"
+    assert p.value("torch") == torch.__version__.split("+")[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_device_is_an_error():
+    with pytest.raises(BlockscaleError, match="finds none"):
+        detect("cuda")
