@@ -8,15 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "blockscale"
 FLOOR = {
     "errors": 0, "version": 0,
-    "formats": 1, "platform": 1,
+    "formats": 1, "platform": 1, "observe": 1,
     "tensor": 2, "numerics": 2,
     "layouts": 3, "reference": 4,
     "registry": 5, "tuning": 5,
     "kernels": 6,
-    "library": 7, "ops": 8,
-    "nn": 9, "checkpoint": 9,
-    "integrations": 10, "parallel": 10, "conformance": 10,
-    "cli": 11, "__init__": 12, "__main__": 12,
+    "library": 7, "gradients": 8, "ops": 9,
+    "nn": 10, "checkpoint": 10,
+    "integrations": 11, "parallel": 11, "conformance": 11,
+    "cli": 12, "__init__": 13, "__main__": 13,
 }  # fmt: skip
 HARDWARE = (
     "is_available(",

@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import registry
+from . import reference, registry
 from .formats import Format, ScaleRounding, get_format
 from .layouts import get_layout
 from .numerics import get_numerics
+from .observe import calls, span
 from .platform import detect
 from .registry import Plan, Problem
 from .tensor import BlockScaled
@@ -33,6 +34,7 @@ _RESULT = "str format, str layout, str scale_rounding, float floor, str kernel) 
 _SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor offsets, {_HOW}) -> Tensor",
+    "linear_input_grad": f"(Tensor grad, {_WEIGHT}, Tensor? offsets, {_HOW}) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "quantize": f"(Tensor x, Tensor? scale, {_RESULT}",
     "swiglu_quantize": f"(Tensor gate_up, float? limit, Tensor? routing_weight, {_RESULT}",
@@ -89,7 +91,10 @@ def _linear(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    y: Tensor = plan.pick(m).run(problem, flat, w, bias)
+    chosen = plan.pick(m)
+    calls[chosen.name] += 1
+    with span("linear", m, n, k, chosen.name):
+        y: Tensor = chosen.run(problem, flat, w, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -104,15 +109,39 @@ def _grouped_linear(
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w, offsets))
+    chosen = plan.pick(x.shape[0])
+    calls[chosen.name] += 1
+    with span("grouped_linear", x.shape[0], n, k, chosen.name):
+        return cast(Tensor, chosen.run(problem, x, w, offsets))
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     n, k = weight.shape
     problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
     flat = x.reshape(-1, k)
-    y: Tensor = plan.pick(flat.shape[0]).run(problem, flat, weight, bias)
+    chosen = plan.pick(flat.shape[0])
+    calls[chosen.name] += 1
+    with span("dense_linear", flat.shape[0], n, k, chosen.name):
+        y: Tensor = chosen.run(problem, flat, weight, bias)
     return y.view(*x.shape[:-1], n)
+
+
+def _linear_input_grad(
+    grad: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    offsets: Tensor | None, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    """`grad: [..., N] @ dequantized(w): [N, K]`, straight through the quantization of x."""
+    lead = () if offsets is None else (offsets.shape[0],)
+    w = BlockScaled.trusted(data, scale, get_format(format), layout, (*lead, n, k), global_scale, input_scale)
+    if offsets is None:
+        return grad @ reference.dequantize(w, grad.dtype)
+    out = grad.new_zeros(grad.shape[0], k)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            out[start:end] = grad[start:end] @ reference.dequantize(w[expert], grad.dtype)
+        start = max(start, end)
+    return out
 
 
 def _quantize(
@@ -174,6 +203,10 @@ def _fake_linear(x: Tensor, *args: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], cast(int, n))
 
 
+def _fake_input_grad(grad: Tensor, *args: object) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], cast(int, args[6]))
+
+
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -210,6 +243,7 @@ def _fake_parts(x: Tensor, cols: int, format: str, layout: str) -> Parts:
 for _name, _run, _fake in (
     ("linear", _linear, _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_linear),
+    ("linear_input_grad", _linear_input_grad, _fake_input_grad),
     ("dense_linear", _dense_linear, _fake_dense),
     ("quantize", _quantize, _fake_quantize),
     ("swiglu_quantize", _swiglu_quantize, _fake_swiglu),

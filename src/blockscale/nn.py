@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import library, registry
+from . import gradients, registry
 from .errors import DtypeError, ShapeError
 from .formats import Format, get_format
 from .layouts import convert, get_layout
@@ -134,12 +134,11 @@ class Linear(StoredModule):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers, names = self._buffers, self.names
-        y: Tensor = library.OPS.linear(
+        return gradients.linear(
             x, buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale],
             self.bias, self.out_features, self.in_features, self.format.name, self.layout, self._policy,
             self.kernel or "",
         )  # fmt: skip
-        return y
 
     def extra_repr(self) -> str:
         return (

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import library, reference, registry
+from . import gradients, library, reference, registry
 from .errors import DtypeError, ShapeError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
@@ -131,8 +131,7 @@ def linear(
     _check_inner(x.shape, w)
     _check_operands(x, w, bias)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
-    y: Tensor = library.OPS.linear(x, *parts, bias, *_how(w, numerics, kernel))
-    return y
+    return gradients.linear(x, *parts, bias, *_how(w, numerics, kernel))
 
 
 def grouped_linear(
@@ -154,8 +153,7 @@ def grouped_linear(
             f"grouped_linear: needs w [E, N, K] and offsets [E], got {list(w.shape)} and {list(offsets.shape)}"
         )
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
-    y: Tensor = library.OPS.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
-    return y
+    return gradients.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from .errors import BlockscaleError, NoKernelError, UnknownNameError
 from .formats import Format, ScaleRounding
 from .numerics import PRESETS, Numerics
+from .observe import logger
 from .platform import Platform
 
 OPS = ("linear", "grouped_linear", "matmul", "quantize", "swiglu_quantize", "rmsnorm_quantize", "dense_linear")
@@ -257,7 +258,9 @@ def _select(problem: Problem, platform: Platform, order: str | None, repack: boo
     for layout in dict.fromkeys(problem.layout if k.layout == ANY_LAYOUT else k.layout for k in accepted):
         spans = _spans([k for k in accepted if k.layout in (layout, ANY_LAYOUT)])
         if spans[0].m_min == 1 and spans[-1].m_max is None and _gapless(spans):
-            return Plan(layout, spans)
+            plan = Plan(layout, spans)
+            logger.info("%s on %s: %s", problem, platform, plan)
+            return plan
     lines = [f"  {d.kernel.name}: {'; '.join(d.reasons) or _serves(d.kernel)}" for d in decisions]
     asked = f" (ordered: {order})" if order else ""
     raise NoKernelError("\n".join([f"no kernel{asked} for {problem}", f"on {platform}:", *lines]))

@@ -1,0 +1,52 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import blockscale
+from blockscale import UnknownNameError, observe
+
+SCRIPT = """
+import torch, blockscale
+w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128", kernel="reference")
+blockscale.linear(torch.randn(2, 128), w, kernel="reference")
+blockscale.linear(torch.randn(2, 128), w, kernel="reference")
+"""
+
+
+def test_decisions_are_logged_once_each():
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "BLOCKSCALE_LOG": "decisions"},
+    )
+    lines = [line for line in result.stderr.splitlines() if line.startswith("blockscale: ")]
+    assert len(lines) == 2
+    assert "linear [M, 128] x [64, 128] fp8_128x128" in lines[1]
+    assert "M 1..: reference.linear" in lines[1]
+
+
+def test_unknown_topics_raise():
+    with pytest.raises(UnknownNameError, match="'decisions'"):
+        observe.configure("decision")
+
+
+def test_calls_are_counted_by_kernel():
+    w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128")
+    before = observe.calls["reference.linear"]
+    for _ in range(3):
+        blockscale.linear(torch.randn(2, 128), w, kernel="reference")
+    assert observe.calls["reference.linear"] == before + 3
+
+
+def test_profiles_name_op_shape_and_kernel():
+    w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128")
+    with torch.profiler.profile() as profile:
+        blockscale.linear(torch.randn(2, 128), w, kernel="reference")
+    names = {event.key for event in profile.key_averages()}
+    assert "blockscale.linear[2x64x128] reference.linear" in names
+    assert "blockscale::linear" in names
