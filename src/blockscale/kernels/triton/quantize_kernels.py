@@ -327,7 +327,8 @@ def amax_kernel(x_ptr, part_ptr, rows, cols, x_row, C: tl.constexpr):
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         for c0 in range(0, cols, C):
             c = c0 + tl.arange(0, C)
-            x = tl.load(x_ptr + row.to(tl.int64) * x_row + c, mask=c < cols, other=0.0).to(tl.float32)
+            at = (tl.zeros([C], tl.int64) + row) * x_row + c
+            x = tl.load(x_ptr + at, mask=c < cols, other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.where(is_finite(x), tl.abs(x), 0.0))
     tl.store(part_ptr + tl.program_id(0), tl.max(amax, axis=0))
 
