@@ -5,6 +5,8 @@ The table is measured by compiling ahead of time for every target (docs/platform
 
 from __future__ import annotations
 
+import torch
+
 from ...formats import Format
 from ...platform import Platform
 
@@ -33,6 +35,11 @@ def native_cast(platform: Platform, element: str) -> bool:
 def native_load(platform: Platform, element: str) -> bool:
     """Whether fp8 -> fp16 or bf16 by the chip is exact (it is wherever the chip has the instruction)."""
     return element == "fp8" and platform.capability >= 89
+
+
+def bf16_dot(platform: Platform) -> torch.dtype:
+    """What bf16 operands are multiplied in: fp32 where there is no bf16 instruction (sm_75, Triton's interpreter)."""
+    return torch.bfloat16 if platform.kind in KINDS and platform.arch != "sm_75" else torch.float32
 
 
 def has_tma(platform: Platform) -> bool:

@@ -59,7 +59,10 @@ def linear(
     fmt = numerics.activation_format(w.format)
     if fmt is None:
         return matmul(x, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant)
-    xq, tickets = quantize_activations(x, fmt, w, numerics, platform, native=native, invariant=invariant)
+    tickets = None
+    if x.shape[0] <= SMALL_M and not invariant and is_grouped(fmt) and not fmt.two_level:
+        tickets = x.new_empty(-(-w.shape[-2] // 32), dtype=torch.int32)  # 32: no tile is narrower
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets)
     return matmul(
         xq, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant, tickets=tickets
     )
@@ -73,9 +76,9 @@ def quantize_activations(
     platform: Platform,
     *,
     native: bool = True,
-    invariant: bool = False,
-) -> tuple[BlockScaled, Tensor | None]:
-    """x as `reference.quantize_activations` defines it, laid out as `matmul` reads it, and tickets set to zero.
+    tickets: Tensor | None = None,
+) -> BlockScaled:
+    """x as `reference.quantize_activations` defines it, laid out as `matmul` reads it. tickets: zeroed on the way.
 
     Powers of two stay bytes only where they are folded into the operand; everywhere else fp32 holds the same values.
     """
@@ -83,21 +86,16 @@ def quantize_activations(
         platform = without_fp8(platform)
     layout = "fnuz" if w.layout == "fnuz" else "row"
     if fmt.two_level:
-        return quantize(x, fmt, platform, level=w.input_scale), None
+        return quantize(x, fmt, platform, level=w.input_scale)
     if w.input_scale is not None and fmt.block == (None, None):
-        return quantize(x, fmt, platform, scale=w.input_scale.reshape(1, 1)), None
+        return quantize(x, fmt, platform, scale=w.input_scale.reshape(1, 1))
     if not is_grouped(fmt):
-        return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout), None
+        return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout)
     if fmt.scale_dtype != torch.float32 and not _folds(fmt, fmt.scale_dtype, torch.bfloat16):
         fmt = replace(fmt, scale_dtype=torch.float32)
     if layout == "row" and fmt.scale_dtype == torch.float32:
         layout = "tma"
-    m, (n, k) = x.shape[0], w.shape[-2:]
-    tickets = None
-    if m <= SMALL_M and not invariant:
-        tickets = x.new_empty(-(-n // 32), dtype=torch.int32)  # 32: no tile is narrower
-    xq = quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout, tickets=tickets)
-    return xq, tickets
+    return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout, tickets=tickets)
 
 
 def matmul(
@@ -123,9 +121,9 @@ def matmul(
     if tile is None:
         path: GemmPath = "tma" if _takes_tma(x, w, how, platform) else how.path
         tile = gemm_tile(path, m, n, k, how.span, platform, invariant=invariant)
-    x_data, w_data = _operand(x, how.constants["X_KIND"], how), _operand(w, how.constants["W_KIND"], how)
-    sx = _scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
-    sw, sw_n, sw_k = _scale_args(w)
+    x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
+    sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
+    sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((m, n), dtype=out_dtype)
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
@@ -158,14 +156,14 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
     """How x and w are read on this platform. Pure: looks at formats, layouts and dtypes, never at values."""
     w_element = "fp8fnuz" if w.layout == "fnuz" else w.format.element.name
     if isinstance(x, Tensor):
-        compute = x.dtype
-        x_kind, path = "value", "weight_only"
+        compute = x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
+        x_kind, path = "value" if compute == x.dtype else "cast", "weight_only"
         w_kind = "cast" if capability.native_load(platform, w_element) else w_element
     else:
         x_element = "fp8fnuz" if x.layout == "fnuz" else x.format.element.name
-        fold16 = any(_folds(q.format, q.scale.dtype, torch.bfloat16) and q.scale.dtype == torch.float8_e8m0fnu
+        powers = any(q.scale.dtype == torch.float8_e8m0fnu and _folds(q.format, q.scale.dtype, torch.bfloat16)
                      for q in (x, w))  # fmt: skip
-        compute = torch.bfloat16 if fold16 else torch.float16
+        compute = capability.bf16_dot(platform) if powers and platform.arch != "sm_75" else torch.float16
         if x_element == w_element and capability.dot_element(platform, w_element):
             x_kind, w_kind, path = "value", "value", "native"
         elif decode_first and x.format.element.bits == w.format.element.bits == 8:
@@ -211,7 +209,7 @@ def _folds(fmt: Format, scale_dtype: torch.dtype, compute: torch.dtype) -> bool:
     return scale_dtype == torch.float8_e4m3fn and fmt.packed  # 2 by 4 significant bits; bf16 has 8, fp16 11
 
 
-def _operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
+def operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
     """The tensor that the kernel reads: values, native fp8, bytes, or bytes decoded here."""
     if isinstance(q, Tensor):
         return q if q.stride(-1) == 1 else q.contiguous()
@@ -224,14 +222,14 @@ def _operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
     return q.data if kind in ("value", "cast") else q.data.view(torch.uint8)
 
 
-def _scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
+def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
     """(scales as Triton takes them, stride of a row of the scale grid, stride of a K group)."""
     scale = q.scale
     if scale.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
         scale = scale.view(torch.uint8)
     if q.layout in ("tma", "col_scales"):
         return scale, 1, scale.stride(0)
-    return scale, scale.stride(0) if q.format.block[0] is not None else 0, scale.stride(1)
+    return scale, scale.stride(-2) if q.format.block[0] is not None else 0, scale.stride(-1)
 
 
 def _takes_tma(x: BlockScaled | Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:
