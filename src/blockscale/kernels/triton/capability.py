@@ -10,6 +10,8 @@ import torch
 from ...formats import Format
 from ...platform import Platform
 
+GROUP_MAX = 4096
+"""Groups up to this many elements are one tile; wider ones and blocks of rows are read in chunks."""
 KINDS = ("cuda", "rocm", "xpu")
 """Where Triton generates code. Anything else refuses."""
 
@@ -50,6 +52,11 @@ def has_tma(platform: Platform) -> bool:
 def fused_multiply_add(platform: Platform) -> bool:
     """Whether `tl.fma` rounds once; the interpreter's rounds twice."""
     return platform.kind in ("cuda", "rocm")
+
+
+def is_grouped(fmt: Format) -> bool:
+    """Whether a scale serves part of one row: such formats are quantized in one launch and one read."""
+    return fmt.block[0] == 1 and fmt.block[1] is not None and fmt.block[1] <= GROUP_MAX
 
 
 def scale_kind(fmt: Format, dtype: object) -> str:

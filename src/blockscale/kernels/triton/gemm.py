@@ -22,7 +22,8 @@ from ...tensor import BlockScaled
 from ...tuning import SMALL_M, GemmPath, GemmTile, gemm_tile, multiprocessors
 from . import capability
 from . import gemm_kernels as kernels
-from .quantize import is_grouped, on_device, quantize
+from .capability import is_grouped
+from .quantize import on_device, quantize
 
 DECODE_FIRST = 512
 """From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them."""

@@ -19,9 +19,8 @@ from ...tensor import BlockScaled
 from ...tuning import quantize_tile
 from . import capability
 from . import quantize_kernels as kernels
+from .capability import is_grouped
 
-GROUP_MAX = 4096
-"""Groups up to this many elements are one tile; wider ones and blocks of rows are read in chunks."""
 _PARTS = 1024
 _BYTES = (torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 
@@ -59,7 +58,7 @@ def quantize(
         if fmt.block == (None, None):
             parts = x.new_empty(min(rows, _PARTS), dtype=torch.float32)
             kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
-            kernels.tensor_kernel[(-(-cols // 1024), rows)](
+            kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
                 x, _codes(data, how), _bytes(scales), parts, parts.numel(), rows, cols, x.stride(0), data.stride(0),
                 0, 0, rows, cols, floor, **how, STATIC=False, PARTS=_PARTS, C=1024,
             )  # fmt: skip
@@ -67,7 +66,7 @@ def quantize(
             br, bc = fmt.block_shape(rows, cols)
             chunk_c = min(_pow2(bc), 2048)
             grid = fmt.scale_shape(rows, cols)
-            kernels.block_kernel[(grid[1], grid[0])](
+            kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
                 floor, **how, PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
             )  # fmt: skip
@@ -126,11 +125,6 @@ def rmsnorm_quantize(
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
 
-def is_grouped(fmt: Format) -> bool:
-    """Whether a scale serves part of one row: such formats take one launch and one read."""
-    return fmt.block[0] == 1 and fmt.block[1] is not None and fmt.block[1] <= GROUP_MAX
-
-
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     return nullcontext() if t.device.type == "cpu" else torch.accelerator.device_index(t.device.index)
@@ -158,7 +152,7 @@ def _groups(
     tile = quantize_tile(rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4"))
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     with on_device(x):
-        kernels.group_kernel[(-(-padded_groups // tile.groups), -(-padded_rows // tile.rows))](
+        kernels.group_kernel[(-(-padded_groups // tile.groups) * -(-padded_rows // tile.rows),)](
             x, _codes(data, how), _bytes(scales), level, weight, rows, cols, -(-cols // group), x.stride(0),
             data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
             tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
@@ -175,7 +169,7 @@ def _static(x: Tensor, fmt: Format, scale: Tensor, platform: Platform) -> BlockS
     how["SCALE_KIND"] = capability.scale_kind(fmt, scale.dtype)
     br, bc = fmt.block_shape(rows, cols)
     with on_device(x):
-        kernels.tensor_kernel[(-(-cols // 1024), rows)](
+        kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
             x, _codes(data, how), _bytes(scale), x, 0, rows, cols, x.stride(0), data.stride(0), *scale.stride(),
             br, bc, 0.0, **how, STATIC=True, PARTS=1, C=1024,
         )  # fmt: skip

@@ -184,11 +184,12 @@ def group_kernel(
     One program: R rows by G groups; C is GROUP rounded up to a power of two. TICKETS: zero the tickets that the
     split-K multiplication after this kernel counts with, which saves it a launch of its own.
     """
-    r = tl.program_id(1) * R + tl.arange(0, R)
-    g = tl.program_id(0) * G + tl.arange(0, G)
+    across = tl.cdiv(padded_groups, G)
+    r = tl.program_id(0) // across * R + tl.arange(0, R)
+    g = tl.program_id(0) % across * G + tl.arange(0, G)
     c = tl.arange(0, C)
     if TICKETS > 0:
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        if tl.program_id(0) == 0:
             for i in range(0, tickets, TICKETS):
                 t = i + tl.arange(0, TICKETS)
                 tl.store(ticket_ptr + t, tl.zeros([TICKETS], tl.int32), mask=t < tickets)
@@ -293,8 +294,9 @@ def block_kernel(
     C: tl.constexpr,
 ):
     """Blocks of any size, whole rows included: one program a block, in chunks of [R, C], read twice."""
-    block_r = tl.program_id(1)
-    block_c = tl.program_id(0)
+    across = tl.cdiv(cols, block_cols)
+    block_r = tl.program_id(0) // across
+    block_c = tl.program_id(0) % across
     last_r = tl.minimum((block_r + 1) * block_rows, rows)
     last_c = tl.minimum((block_c + 1) * block_cols, cols)
     amax = tl.full([], 0.0, tl.float32)
@@ -368,8 +370,9 @@ def tensor_kernel(
     C: tl.constexpr,
 ):
     """Divide by scales that exist: a given grid (STATIC), or one for the tensor from `amax_kernel`'s parts."""
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * C + tl.arange(0, C)
+    across = tl.cdiv(cols, C)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    c = tl.program_id(0) % across * C + tl.arange(0, C)
     mask = c < cols
     x = tl.load(x_ptr + row * x_row + c, mask=mask, other=0.0).to(tl.float32)
     if STATIC:
@@ -379,7 +382,7 @@ def tensor_kernel(
         i = tl.arange(0, PARTS)
         amax = tl.max(tl.load(part_ptr + i, mask=i < parts, other=0.0), axis=0)
         single = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        if tl.program_id(0) == 0:
             tl.store(s_ptr, stored_scale(single, SCALE_KIND, OUT))
         scale = tl.zeros([C], tl.float32) + single
     store_codes(q_ptr + row * q_row + c, tl.div_rn(x, scale), is_finite(x), mask, ELEMENT, LIMIT, OUT)
