@@ -1,0 +1,245 @@
+"""Compile the Triton kernels for every target ahead of time, on a machine without any of them.
+
+    python bench/aot.py [--target sm_90]… [--kernel grouped]… [--out build/aot.json]
+
+Launches are recorded, not made up: the launchers run on CPU tensors with a described platform, and what they would
+hand to the chip is compiled for it, so tiles, constants and alignments are those that ship. A row fails when
+something does not compile within LIMIT_S, when the native matrix instruction is not exactly where
+EXPECTED says, or when the compiler reports spills in a tile that ships. Exit status 1 if any row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockscale.formats import get_format
+from blockscale.numerics import get_numerics
+from blockscale.platform import Platform
+from blockscale.tensor import BlockScaled
+
+LIMIT_S = 120.0
+NATIVE = {
+    "sm_89": r"mma\.sync[\w.]*m16n8k32[\w.]*e4m3", "sm_90": r"wgmma\.mma_async[\w.]*e4m3\.e4m3",
+    "sm_100": r"tcgen05\.mma[\w.:]*kind::f8f6f4", "sm_120": r"mma\.sync[\w.]*m16n8k32[\w.:]*e4m3",
+    "gfx942": r"v_mfma_\w*fp8_fp8", "gfx950": r"v_mfma_\w*f8f6f4|v_mfma_\w*fp8_fp8", "gfx1201": r"v_wmma_\w*fp8_fp8",
+}  # fmt: skip
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+EXPECTED = {"gemm_w8a8", "grouped"}
+"""Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
+
+
+def platform_of(target: str) -> Platform:
+    return Platform.parse(f"{'cuda' if target.startswith('sm_') else 'rocm'}:{target}+triton=3.7.1")
+
+
+def quantize_case(p: Platform) -> None:
+    from blockscale.kernels.triton import quantize as q
+
+    x, fmt = torch.empty(4096, 7168, dtype=torch.bfloat16), get_format("fp8_1x128")
+    for m in (1, 4096):
+        q.quantize(x[:m], fmt, p, layout="tma")
+    q.quantize(x, get_format("fp8_1x128_ue8m0"), p, layout="ue8m0x4")
+    q.quantize(x, get_format("mxfp4"), p)
+    q.quantize(x, get_format("fp8_128x128"), p)
+    q.swiglu_quantize(x, fmt, p, limit=7.0)
+    q.rmsnorm_quantize(x, torch.empty(7168, dtype=torch.bfloat16), 1e-6, fmt, p)
+
+
+def gemm_case(p: Platform, numerics: str) -> None:
+    from blockscale.kernels.triton import gemm
+
+    x, w = torch.empty(4096, 7168, dtype=torch.bfloat16), weight("fp8_128x128", 4096, 7168, p)
+    for m in (1, 64, 4096):
+        gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p)
+
+
+def grouped_case(p: Platform) -> None:
+    from blockscale.kernels.triton import grouped
+
+    x, offsets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
+    for name, numerics in (("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only")):
+        w = weight(name, 4096, 2048, p, experts=8)
+        for m in (16, 4096):
+            grouped.grouped_linear(x[:m], w, offsets, get_numerics(numerics), torch.bfloat16, p)
+
+
+CASES: dict[str, Callable[[Platform], None]] = {
+    "quantize": quantize_case,
+    "gemm_w8a8": lambda p: gemm_case(p, "checkpoint"),
+    "gemm_weight_only": lambda p: gemm_case(p, "weight_only"),
+    "grouped": grouped_case,
+}
+
+
+def weight(name: str, n: int, k: int, p: Platform, experts: int = 0) -> BlockScaled:
+    """An uninitialised weight in the layout that the platform's kernel reads."""
+    fmt, lead = get_format(name), (experts,) if experts else ()
+    fnuz = p.arch == "gfx942" and fmt.element.name == "fp8"
+    data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=torch.float8_e4m3fnuz if fnuz else fmt.element.dtype)
+    scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=fmt.scale_dtype)
+    level = torch.empty(lead, dtype=torch.float32) if fmt.two_level else None
+    return BlockScaled.trusted(data, scale, fmt, "fnuz" if fnuz else "row", (*lead, n, k), level)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect (kernel, args, kwargs) of every Triton launch instead of launching."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launch = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = launch
+
+
+def compile_for(target: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `JITFunction.run` compiles at the first launch, for a target that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kind, arch = ("cuda", int(target[3:])) if target.startswith("sm_") else ("hip", target)
+    gpu = GPUTarget(kind, arch, 64 if target.startswith("gfx9") else 32)
+    backend = make_backend(gpu)
+    kwargs = {"debug": False, **kwargs}
+    bound, specialization, _ = create_function_from_signature(fn.signature, fn.params, backend)(*args, **kwargs)
+    options, signature, constants, attrs = fn._pack_args(backend, kwargs, bound, specialization, None)
+    return triton.compile(ASTSource(fn, signature, constants, attrs), target=gpu, options=options.__dict__)
+
+
+def spills(compiled: Any, target: str) -> int | None:
+    """Bytes (NVIDIA) or registers (AMD) that the compiler spilled, None if it does not say."""
+    if "amdgcn" in compiled.asm:
+        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    capability = int(target[3:])
+    try:
+        ptxas = get_ptxas(capability)
+    except TypeError:  # triton 3.6 has one ptxas and takes no argument
+        ptxas = get_ptxas()
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(compiled.asm["ptx"])
+        f.flush()
+        command = [ptxas.path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}", f.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    return sum(map(int, found)) if found else None
+
+
+def compile_case(target: str, kernel: str) -> dict[str, Any]:
+    """Compile every distinct launch of the case; one row of the table."""
+    started = time.monotonic()
+    with recorded() as launches:
+        CASES[kernel](platform_of(target))
+    native: str | None = None
+    details: list[dict[str, Any]] = []
+    total: int | None = 0
+    for fn, args, kwargs in launches:
+        began = time.monotonic()
+        compiled = compile_for(target, fn, args, kwargs)
+        text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+        found = re.search(NATIVE[target], text) if target in NATIVE else None
+        native = native or (found[0] if found else None)
+        spilled = spills(compiled, target)
+        total = None if spilled is None or total is None else total + spilled
+        tile = "x".join(str(kwargs[name]) for name in ("BM", "BN", "BK") if name in kwargs)
+        details.append({
+            "fn": fn.__name__, "tile": tile, "seconds": round(time.monotonic() - began, 1), "spills": spilled,
+            "shared": compiled.metadata.shared, "native": found[0] if found else None,
+        })  # fmt: skip
+    seconds = round(time.monotonic() - started, 1)
+    return {"target": target, "kernel": kernel, "compiled": True, "seconds": seconds, "native_instruction": native,
+            "spills": total, "launches": details}  # fmt: skip
+
+
+def row_of(target: str, kernel: str) -> dict[str, Any]:
+    """`compile_case` in a process of its own, so that a compiler that hangs or aborts costs one row."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(send, target, kernel))
+    child.start()
+    send.close()
+    row = {"target": target, "kernel": kernel, "compiled": False, "seconds": LIMIT_S, "native_instruction": None,
+           "spills": None, "error": f"over the limit of {LIMIT_S:g} s"}  # fmt: skip
+    if receive.poll(LIMIT_S):
+        try:
+            row = receive.recv()
+        except EOFError:
+            row["error"] = "the compiler aborted"
+    child.kill()
+    child.join()
+    return row
+
+
+def _report(send: Any, target: str, kernel: str) -> None:
+    try:
+        send.send(compile_case(target, kernel))
+    except Exception as e:
+        text = f"{type(e).__name__}: {str(e).strip()[-400:]}"
+        send.send({"target": target, "kernel": kernel, "compiled": False, "seconds": 0.0, "native_instruction": None,
+                   "spills": None, "error": text})  # fmt: skip
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row; nothing if it is as it should be."""
+    if not row["compiled"]:
+        return [row["error"]]
+    wanted = row["target"] in NATIVE and row["kernel"] in EXPECTED
+    found = []
+    if wanted and not row["native_instruction"]:
+        found.append(f"no native matrix instruction ({NATIVE[row['target']]})")
+    if not wanted and row["native_instruction"]:
+        found.append(f"unexpected {row['native_instruction']}")
+    if row["spills"]:
+        found.append(f"{row['spills']} spilled")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--kernel", action="append", choices=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
+    parser.add_argument("-v", "--verbose", action="store_true", help="one line for each compiled launch")
+    chosen = parser.parse_args(argv)
+    rows, bad = [], 0
+    for target in chosen.target or TARGETS:
+        for kernel in chosen.kernel or CASES:
+            row = row_of(target, kernel)
+            wrong = faults(row)
+            bad += bool(wrong)
+            rows.append(row)
+            print(f"{target:8} {kernel:17} {row['seconds']:6.1f} s  {row['native_instruction'] or '-':44} "
+                  f"{'; '.join(wrong) or 'ok'}", flush=True)  # fmt: skip
+            for one in row.get("launches", []) if chosen.verbose else []:
+                print("        ", one, flush=True)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(rows)} rows, {bad} wrong -> {chosen.out}")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Which FP8 instructions a platform has, as Triton reaches them: pure functions of `Platform`. Floor 4.
+
+The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...formats import Format
+from ...platform import Platform
+
+GROUP_MAX = 4096
+"""Groups up to this many elements are one tile; wider ones and blocks of rows are read in chunks."""
+KINDS = ("cuda", "rocm", "xpu")
+"""Where Triton generates code. Anything else refuses."""
+
+_ROCM_FP8 = ("gfx950", "gfx1200", "gfx1201", "gfx1250")
+
+
+def dot_element(platform: Platform, element: str) -> bool:
+    """Whether matrix instructions take two operands of this element ("fp8", "fp8fnuz"); else they are decoded."""
+    if element == "fp8":
+        return platform.capability >= 89 or (platform.kind == "rocm" and platform.arch in _ROCM_FP8)
+    return element == "fp8fnuz" and platform.kind == "rocm" and platform.arch == "gfx942"
+
+
+def native_cast(platform: Platform, element: str) -> bool:
+    """Whether fp32 -> fp8 by the chip gives the reference's bytes.
+
+    Only where that was seen. Triton up to 3.7.1 rounds twice on sm_89 (its issue 11753), triton-xpu before 3.5
+    saturates at 256 (intel-xpu-backend-for-triton 3814), and on AMD nobody has run it: those use the codec.
+    """
+    return element == "fp8" and platform.capability >= 90
+
+
+def native_load(platform: Platform, element: str) -> bool:
+    """Whether fp8 -> fp16 or bf16 by the chip is exact (it is wherever the chip has the instruction)."""
+    return element == "fp8" and platform.capability >= 89
+
+
+def bf16_dot(platform: Platform) -> torch.dtype:
+    """What bf16 operands are multiplied in: fp32 where there is no bf16 instruction (sm_75, Triton's interpreter)."""
+    return torch.bfloat16 if platform.kind in KINDS and platform.arch != "sm_75" else torch.float32
+
+
+def has_tma(platform: Platform) -> bool:
+    """Tensor memory accelerator: block copies described on the host."""
+    return platform.capability in (90, 100, 103)
+
+
+def fused_multiply_add(platform: Platform) -> bool:
+    """Whether `tl.fma` rounds once; the interpreter's rounds twice."""
+    return platform.kind in ("cuda", "rocm")
+
+
+def is_grouped(fmt: Format) -> bool:
+    """Whether a scale serves part of one row: such formats are quantized in one launch and one read."""
+    return fmt.block[0] == 1 and fmt.block[1] is not None and fmt.block[1] <= GROUP_MAX
+
+
+def scale_kind(fmt: Format, dtype: object) -> str:
+    """How kernels read scales stored in this dtype: "e8m0" and "e4m3" come as bytes, "float" as values."""
+    return {"torch.float8_e8m0fnu": "e8m0", "torch.float8_e4m3fn": "e4m3"}.get(str(dtype), "float")

@@ -1,0 +1,97 @@
+"""Launch multiplications by experts: rows sorted, masked, or in (row, expert) pairs. Floor 4.
+
+The host never learns how many rows an expert got: grids are upper bounds from shapes, so calls can be captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import ShapeError
+from ...numerics import Numerics
+from ...platform import Platform
+from ...tensor import BlockScaled
+from ...tuning import GemmTile, gemm_tile
+from .gemm import operand, quantize_activations, reading, scale_args, without_fp8
+from .grouped_kernels import grouped_kernel
+from .quantize import on_device
+
+Rows = Literal["sorted", "masked", "pairs"]
+
+
+def grouped_linear(
+    x: Tensor,
+    w: BlockScaled,
+    offsets: Tensor,
+    numerics: Numerics,
+    out_dtype: torch.dtype,
+    platform: Platform,
+    *,
+    native: bool = True,
+) -> Tensor:
+    """Rows of `x: [T, K]` sorted by expert times `w: [E, N, K]` -> `[T, N]`; activations as `numerics` says.
+
+    offsets: int `[E]`, rising, the end row of each expert's slice. Rows behind the last come out as zero.
+    """
+    fmt = numerics.activation_format(w.format)
+    xq = x if fmt is None else quantize_activations(x, fmt, w, numerics, platform, native=native)
+    return grouped_matmul(xq, w, offsets, platform, out_dtype=out_dtype, native=native)
+
+
+def grouped_matmul(
+    x: BlockScaled | Tensor,
+    w: BlockScaled,
+    where: Tensor,
+    platform: Platform,
+    *,
+    rows: Rows = "sorted",
+    out_dtype: torch.dtype = torch.bfloat16,
+    native: bool = True,
+    tile: GemmTile | None = None,
+) -> Tensor:
+    """x, quantized or as it is, times the experts `w: [E, N, K]`.
+
+    rows "sorted": x `[T, K]`, where = offsets int `[E]` -> `[T, N]`. "masked": x `[E * capacity, K]`, where = counts
+    int `[E]` -> `[E * capacity, N]`, rows past an expert's count unwritten. "pairs": x `[T, K]`, where = expert ids
+    int `[T, top_k]` -> `[T * top_k, N]`; ids outside 0 … E - 1 give rows of zeros.
+
+    Raises ShapeError when shapes do not fit.
+    """
+    if not native:
+        platform = without_fp8(platform)
+    experts, n, k = w.shape
+    m = x.shape[0]
+    if x.shape[1] != k or (rows != "pairs" and tuple(where.shape) != (experts,)):
+        raise ShapeError(f"grouped ({rows}): x {list(x.shape)}, w {list(w.shape)} and where {list(where.shape)} do not fit")
+    how = reading(x, w, platform)
+    top_k = 1
+    if rows == "sorted":
+        out_rows, per_expert = m, m // experts
+    elif rows == "masked":
+        out_rows, per_expert = m, m // experts
+    else:
+        top_k = where.numel() // m
+        out_rows, per_expert = where.numel(), 1
+    if tile is None:
+        tile = replace(gemm_tile(how.path, max(per_expert, 1), n, k, how.span, platform), split=1)
+    if rows == "sorted":
+        tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile
+    else:
+        tiles = experts * -(-per_expert // tile.bm) if rows == "masked" else out_rows
+    x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
+    sx, sx_m, sx_k = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
+    sw, sw_n, sw_k = scale_args(w)
+    y = x_data.new_empty((out_rows, n), dtype=out_dtype)
+    even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
+    with on_device(y):
+        grouped_kernel[(tiles * -(-n // tile.bn),)](
+            x_data, w_data, y, where, sx, sw, w.global_scale, per_expert if rows == "masked" else out_rows, experts,
+            n, k, x_data.stride(0), w_data.stride(0), w_data.stride(1), y.stride(0), sx_m, sx_k, sw.stride(0), sw_n,
+            sw_k, ROWS=rows, TOP_K=top_k, EXPERTS=1 << experts.bit_length(), **how.constants, EVEN_K=even, BM=tile.bm,
+            BN=tile.bn, BK=tile.bk, SWAP=tile.swap, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    return y

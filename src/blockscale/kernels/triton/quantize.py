@@ -1,0 +1,249 @@
+"""Launch the quantize kernels: which one, which tile, which memory. Floor 4.
+
+Nothing here waits for the device, and all memory comes from torch's caching allocator, so that every call can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...formats import Format, ScaleRounding
+from ...numerics import DEFAULT_FLOOR
+from ...platform import Platform
+from ...tensor import BlockScaled
+from ...tuning import quantize_tile
+from . import capability
+from . import quantize_kernels as kernels
+from .capability import is_grouped
+
+_PARTS = 1024
+_BYTES = (torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    platform: Platform,
+    *,
+    scale: Tensor | None = None,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float = DEFAULT_FLOOR,
+    layout: str = "row",
+    level: Tensor | None = None,
+    tickets: Tensor | None = None,
+) -> BlockScaled:
+    """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
+
+    scale: a given grid makes it static. level: NVFP4's global scale, if known. tickets: int32 that is zeroed on the
+    way, for a split-K multiplication that follows (formats that `is_grouped` only).
+    """
+    x = _rows_dense(x)
+    rows, cols = x.shape
+    rounding = scale_rounding or fmt.scale_rounding
+    if scale is not None:
+        return _static(x, fmt, scale, platform)
+    if is_grouped(fmt):
+        if fmt.two_level and level is None:
+            level = _nvfp4_level(x, fmt)
+        return _groups(x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets)
+    data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
+    how = _how(fmt, rounding, layout, platform)
+    s_r, s_g, pack4 = _scale_strides(scales, layout)
+    with on_device(x):
+        if fmt.block == (None, None):
+            parts = x.new_empty(min(rows, _PARTS), dtype=torch.float32)
+            kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
+            kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
+                x, _codes(data, how), _bytes(scales), parts, parts.numel(), rows, cols, x.stride(0), data.stride(0),
+                0, 0, rows, cols, floor, **how, STATIC=False, PARTS=_PARTS, C=1024,
+            )  # fmt: skip
+        else:
+            br, bc = fmt.block_shape(rows, cols)
+            chunk_c = min(_pow2(bc), 2048)
+            grid = fmt.scale_shape(rows, cols)
+            kernels.block_kernel[(grid[1] * grid[0],)](
+                x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
+                floor, **how, PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
+            )  # fmt: skip
+    return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
+
+
+def swiglu_quantize(
+    gate_up: Tensor,
+    fmt: Format,
+    platform: Platform,
+    *,
+    limit: float | None = None,
+    routing_weight: Tensor | None = None,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float = DEFAULT_FLOOR,
+    layout: str = "row",
+    tickets: Tensor | None = None,
+) -> BlockScaled:
+    """`quantize(reference.swiglu(gate_up, limit, routing_weight))` in one pass: `[T, 2 I]` -> `[T, I]`.
+
+    The exponential may differ from torch's in the last bit, so a code may too where the product lies at a tie.
+    """
+    gate_up = _rows_dense(gate_up)
+    cols = gate_up.shape[1] // 2
+    fused = {"limit": limit, "weight": routing_weight}
+    rounding = scale_rounding or fmt.scale_rounding
+    return _groups(gate_up, fmt, rounding, floor, layout, platform, cols=cols, fused=fused, tickets=tickets)
+
+
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    fmt: Format,
+    platform: Platform,
+    *,
+    scale_rounding: ScaleRounding | None = None,
+    floor: float = DEFAULT_FLOOR,
+    layout: str = "row",
+) -> BlockScaled:
+    """`quantize(reference.rmsnorm(x, weight, eps))` in one pass: `x: [T, K]`, `weight: [K]`."""
+    x = _rows_dense(x)
+    rows, cols = x.shape
+    data, scales = _allocate(x, fmt, rows, cols, layout, platform)
+    how = _how(fmt, scale_rounding or fmt.scale_rounding, layout, platform)
+    s_r, s_g, pack4 = _scale_strides(scales, layout)
+    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    group = fmt.block[1] or cols
+    tile = max(2048 // _pow2(group), 1)
+    with on_device(x):
+        kernels.rmsnorm_kernel[(padded_rows,)](
+            x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
+            s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
+            DIVIDE=_divide(platform, floor), PACK4=pack4, G=min(tile, _pow2(padded_groups)), C=_pow2(group),
+        )  # fmt: skip
+    return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return nullcontext() if t.device.type == "cpu" else torch.accelerator.device_index(t.device.index)
+
+
+def _groups(
+    x: Tensor,
+    fmt: Format,
+    rounding: ScaleRounding,
+    floor: float,
+    layout: str,
+    platform: Platform,
+    *,
+    cols: int,
+    level: Tensor | None = None,
+    fused: dict[str, Any] | None = None,
+    tickets: Tensor | None = None,
+) -> BlockScaled:
+    rows, group = x.shape[0], fmt.block[1]
+    assert group is not None
+    data, scales = _allocate(x, fmt, rows, cols, layout, platform)
+    how = _how(fmt, rounding, layout, platform)
+    s_r, s_g, pack4 = _scale_strides(scales, layout)
+    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    tile = quantize_tile(rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4"))
+    limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
+    with on_device(x):
+        kernels.group_kernel[(-(-padded_groups // tile.groups) * -(-padded_rows // tile.rows),)](
+            x, _codes(data, how), _bytes(scales), level, weight, rows, cols, -(-cols // group), x.stride(0),
+            data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
+            tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
+            WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
+            TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group), num_warps=tile.warps,
+        )  # fmt: skip
+    return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
+
+
+def _static(x: Tensor, fmt: Format, scale: Tensor, platform: Platform) -> BlockScaled:
+    rows, cols = x.shape
+    data, _ = _allocate(x, fmt, rows, cols, "row", platform)
+    how = _how(fmt, fmt.scale_rounding, "row", platform)
+    how["SCALE_KIND"] = capability.scale_kind(fmt, scale.dtype)
+    br, bc = fmt.block_shape(rows, cols)
+    with on_device(x):
+        kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
+            x, _codes(data, how), _bytes(scale), x, 0, rows, cols, x.stride(0), data.stride(0), *scale.stride(),
+            br, bc, 0.0, **how, STATIC=True, PARTS=1, C=1024,
+        )  # fmt: skip
+    return BlockScaled.trusted(data, scale, fmt, "row", (rows, cols))
+
+
+def _nvfp4_level(x: Tensor, fmt: Format) -> Tensor:
+    rows, cols = x.shape
+    parts, level = x.new_empty(min(rows, _PARTS), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+    with on_device(x):
+        kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
+        kernels.level_kernel[(1,)](parts, parts.numel(), level, DIVISOR=448.0 * fmt.max, PARTS=_PARTS)
+    return level
+
+
+def _allocate(
+    x: Tensor, fmt: Format, rows: int, cols: int, layout: str, platform: Platform, zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised data and scales in the physical shapes of the layout (`layouts.LAYOUTS`)."""
+    dtype = torch.float8_e4m3fnuz if layout == "fnuz" else fmt.element.dtype
+    data = x.new_empty(fmt.data_shape(rows, cols), dtype=dtype)
+    gr, gc = fmt.scale_shape(rows, cols)
+    new = x.new_zeros if zero else x.new_empty
+    if layout == "ue8m0x4":
+        return data, new((-(-gc // 4), -(-gr // 4) * 4), dtype=torch.int32)
+    if layout == "tma":
+        return data, new((gc, -(-gr // 4) * 4), dtype=torch.float32)
+    scale_dtype = torch.float32 if layout == "fnuz" else fmt.scale_dtype
+    return data, x.new_empty((gc, gr) if layout == "col_scales" else (gr, gc), dtype=scale_dtype)
+
+
+def _scale_strides(scales: Tensor, layout: str) -> tuple[int, int, bool]:
+    """(stride of rows, stride of groups, packed by four), in elements of what is stored."""
+    if layout in ("col_scales", "tma", "ue8m0x4"):
+        return 1, scales.shape[1], layout == "ue8m0x4"
+    return scales.shape[1], 1, False
+
+
+def _padded(fmt: Format, rows: int, cols: int, layout: str) -> tuple[int, int]:
+    """Rows and groups of the scale grid with the zero padding that the layout asks for."""
+    gr, gc = fmt.scale_shape(rows, cols)
+    if layout not in ("tma", "ue8m0x4"):
+        return gr, gc
+    return -(-gr // 4) * 4, -(-gc // 4) * 4 if layout == "ue8m0x4" else gc
+
+
+def _how(fmt: Format, rounding: ScaleRounding, layout: str, platform: Platform) -> dict[str, Any]:
+    """The constexprs that say what is computed, the same for all kernels here."""
+    native = capability.native_cast(platform, fmt.element.name)
+    out = "fnuz" if layout == "fnuz" else "native" if native else "codec"
+    kind = "float" if layout == "fnuz" else capability.scale_kind(fmt, fmt.scale_dtype)
+    return {
+        "ELEMENT": fmt.element.name, "LIMIT": fmt.max, "ROUNDING": rounding,
+        "MAX_EXPONENT": fmt.element.max_exponent, "SCALE_KIND": kind, "OUT": out,
+    }  # fmt: skip
+
+
+def _divide(platform: Platform, floor: float) -> str:
+    """Markstein's division needs scales far above underflow: a floor of 2^-70 makes them at least 2^-79."""
+    return "fma" if capability.fused_multiply_add(platform) and floor >= 2.0**-70 else "ieee"
+
+
+def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:
+    return data if how["OUT"] == "native" else data.view(torch.uint8)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    """Float scales as they are; E8M0, E4M3 and packed words as bytes: Triton has no such types."""
+    return scales.view(torch.uint8) if scales.dtype in _BYTES else scales
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

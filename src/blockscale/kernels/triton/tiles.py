@@ -1,0 +1,202 @@
+"""The inner loop that dense and grouped multiplications share: load, decode, multiply, promote with scales. Floor 4.
+
+Constexprs that recur:
+
+X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
+multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
+"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE.
+X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
+matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
+element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
+X_GROUP, W_GROUP, W_ROWS: elements of K (and weight rows) that share a scale; 0 is all of them.
+SPAN: K elements after which "loop" scales change (0: never). BK divides it, or the last step of a span is masked.
+SWAP: weight rows take the M side of the matrix instruction, for few tokens on chips where that side is 64 wide.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codec import decode, decode_scale, unpack_fp4
+
+
+@triton.jit
+def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Program number -> (tile row, tile column), GROUP_M tile rows at a time so that operands stay in the L2 cache."""
+    per_group = GROUP_M * num_n
+    first = pid // per_group * GROUP_M
+    height = tl.minimum(num_m - first, GROUP_M)
+    inside = pid % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def load_operand(
+    ptr,
+    row,
+    stride,
+    k0,
+    k_end,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """`[rows, BK]` of an operand from column k0, zero from k_end on. row: int64 `[rows]`, all of them valid."""
+    if KIND == "fp4":
+        k = k0 // 2 + tl.arange(0, BK // 2)
+        k_end = k_end // 2
+    else:
+        k = k0 + tl.arange(0, BK)
+    at = ptr + row[:, None] * stride + k[None, :]
+    if EVEN_K:
+        raw = tl.load(at)
+    else:
+        raw = tl.load(at, mask=(k < k_end)[None, :], other=0)
+    if KIND == "value":
+        tile = raw
+    elif KIND == "cast":
+        tile = raw.to(COMPUTE)
+    elif KIND == "fp4":
+        tile = decode(unpack_fp4(raw), "fp4", COMPUTE)
+    else:
+        tile = decode(raw, KIND, COMPUTE)
+    return tile
+
+
+@triton.jit
+def fold_scale(
+    tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
+    GROUPS: tl.constexpr = tile.shape[1] // GROUP
+    g = k0 // GROUP + tl.arange(0, GROUPS)
+    raw = tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k, mask=(g * GROUP < k_end)[None, :], other=0)
+    scale = decode_scale(raw, KIND).to(tile.dtype)
+    grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
+    return tl.reshape(grouped, (tile.shape[0], tile.shape[1])).to(COMPUTE)
+
+
+@triton.jit
+def group_index(index, GROUP: tl.constexpr):
+    """index // GROUP, where 0 means that one group holds everything."""
+    return index * 0 if GROUP == 0 else index // GROUP
+
+
+@triton.jit
+def accumulate(
+    x_ptr,
+    x_row,
+    x_stride,
+    sx_ptr,
+    sx_m,
+    sx_k,
+    w_ptr,
+    w_row,
+    w_stride,
+    sw_ptr,
+    sw_row,
+    sw_n,
+    sw_k,
+    K,
+    first,
+    last,
+    X_KIND: tl.constexpr,
+    W_KIND: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    SX_KIND: tl.constexpr,
+    SW_KIND: tl.constexpr,
+    X_GROUP: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """fp32 `[BM, BN]` (or `[BN, BM]` with SWAP) of K steps first … last - 1.
+
+    x_row, w_row: int64 row numbers, clipped to what exists: surplus rows are computed and never stored.
+    sw_row: row numbers in the weight's scale grid, a vector, or a scalar where one serves the whole tile.
+    """
+    acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
+    STEPS: tl.constexpr = 1 if SPAN == 0 else (SPAN + BK - 1) // BK
+    for step in tl.range(first, last, num_stages=STAGES):
+        if SPAN == 0 or SPAN % BK == 0:
+            k0 = step * BK
+            k_end = K
+        else:
+            k0 = step // STEPS * SPAN + step % STEPS * BK
+            k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
+        # Not every target multiplies in bf16, so what is folded for it is still fp32 then.
+        FOLD: tl.constexpr = tl.float32 if COMPUTE == tl.bfloat16 else COMPUTE
+        x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, FOLD if X_SCALE == "fold" else COMPUTE, BK, EVEN_K)
+        w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, FOLD if W_SCALE == "fold" else COMPUTE, BK, EVEN_K)
+        if X_SCALE == "fold":
+            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP, COMPUTE)
+        if W_SCALE == "fold":
+            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP, COMPUTE)
+        if SWAP:
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
+        else:
+            part = tl.dot(x, tl.trans(w), input_precision="ieee")
+        if W_SCALE == "loop":
+            raw = tl.load(sw_ptr + sw_row * sw_n + group_index(k0, W_GROUP) * sw_k)
+            scale = decode_scale(raw, SW_KIND)
+            if X_SCALE == "loop":
+                x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m + group_index(k0, X_GROUP) * sx_k), SX_KIND)
+                if len(raw.shape) == 0:
+                    part *= (x_scale * scale)[None, :] if SWAP else (x_scale * scale)[:, None]
+                else:
+                    part *= scale[:, None] * x_scale[None, :] if SWAP else x_scale[:, None] * scale[None, :]
+            elif len(raw.shape) == 0:
+                part *= scale
+            else:
+                part *= scale[:, None] if SWAP else scale[None, :]
+        elif X_SCALE == "loop":
+            x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m + group_index(k0, X_GROUP) * sx_k), SX_KIND)
+            part *= x_scale[None, :] if SWAP else x_scale[:, None]
+        acc += part
+    return acc
+
+
+@triton.jit
+def end_scales(
+    acc,
+    sx_ptr,
+    x_row,
+    sx_m,
+    sw_ptr,
+    sw_row,
+    sw_n,
+    x_level_ptr,
+    w_level_ptr,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    SX_KIND: tl.constexpr,
+    SW_KIND: tl.constexpr,
+    X_LEVEL: tl.constexpr,
+    W_LEVEL: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """Scales that serve all of K, and NVFP4's second levels, on the finished sum."""
+    if X_SCALE == "end":
+        x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m), SX_KIND)
+        acc *= x_scale[None, :] if SWAP else x_scale[:, None]
+    if W_SCALE == "end":
+        raw = tl.load(sw_ptr + sw_row * sw_n)
+        if len(raw.shape) == 0:
+            acc *= decode_scale(raw, SW_KIND)
+        else:
+            acc *= decode_scale(raw, SW_KIND)[:, None] if SWAP else decode_scale(raw, SW_KIND)[None, :]
+    if X_LEVEL:
+        acc *= tl.load(x_level_ptr)
+    if W_LEVEL:
+        acc *= tl.load(w_level_ptr)
+    return acc

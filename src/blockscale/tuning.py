@@ -1,0 +1,179 @@
+"""Tile choice: pure functions from a shape, M and a platform to a config, over measured tables. Floor 3.
+
+Every choice carries `entry`, the name of the table row it came from, so that `explain` and benchmarks can say which
+was used. `Measured` rows come from a timed run on that device; `compiled` rows were only compiled ahead of time for
+it (`bench/aot.py`: no spills where the compiler reports them) and nobody has timed them yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .platform import Platform
+
+GemmPath = Literal["tma", "native", "codec", "decoded", "weight_only"]
+"""How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
+decoded to 16 bits beforehand, 16-bit activations with weights decoded in the loop."""
+
+SMALL_M = 64
+"""Up to here one tile holds all rows, and K is split to occupy the chip."""
+
+
+@dataclass(frozen=True)
+class QuantizeTile:
+    """rows, groups: of one program. warps: of 32 (64 on CDNA) lanes. entry: where the choice came from."""
+
+    rows: int
+    groups: int
+    warps: int
+    entry: str
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """A multiplication's config.
+
+    bm, bn, bk: tile in rows of x, rows of w, and elements of K. split: slices of K. swap: weight rows take the M side
+    of the instruction. group_m: tile rows that run side by side. programs: persistent programs a multiprocessor, 0 for
+    one program a tile. entry: the table row that it came from.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    entry: str
+    split: int = 1
+    swap: bool = False
+    group_m: int = 8
+    programs: int = 0
+
+
+def quantize_tile(rows: int, groups: int, group: int, *, scales_by_column: bool) -> QuantizeTile:
+    """Tile of a group quantization: `rows` x `groups` groups of `group` elements.
+
+    Few rows want many programs; many want long contiguous reads, or several rows where scales lie by column.
+    Source: one H200, 1x128, M=8192 K=7168: 97% of copy bandwidth with 4096-element tiles of 4 warps.
+    """
+    width = _pow2(group)
+    if rows <= 16:
+        return QuantizeTile(1, min(max(512 // width, 1), _pow2(groups)), 4, "quantize: few rows")
+    tile_rows = 8 if scales_by_column else 2
+    tile_groups = min(max(4096 // (width * tile_rows), 1), _pow2(groups))
+    name = "quantize: column scales" if scales_by_column else "quantize: row scales"
+    return QuantizeTile(tile_rows, tile_groups, 4, name)
+
+
+# (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
+_LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
+    ("sm_90", "tma"): (128, 128, 128, 8, 4),
+    ("sm_90", "native"): (128, 128, 128, 8, 3),
+    ("sm_90", "decoded"): (128, 128, 128, 8, 3),
+    ("sm_90", "codec"): (128, 128, 128, 8, 3),
+    ("sm_90", "weight_only"): (128, 128, 64, 8, 3),
+    ("sm_100", "tma"): (128, 128, 128, 8, 4),
+    ("sm_100", "native"): (128, 128, 128, 8, 3),
+    ("sm_80", "decoded"): (128, 128, 64, 8, 3),
+    ("sm_75", "*"): (64, 64, 32, 4, 2),
+    ("cdna", "*"): (128, 128, 64, 8, 2),
+    ("rdna", "*"): (64, 64, 64, 4, 2),
+    ("xpu", "*"): (64, 128, 32, 16, 2),
+    ("*", "native"): (128, 128, 128, 8, 2),
+    ("*", "*"): (128, 128, 64, 8, 2),
+}
+# (family, path) -> bn, bk, warps, stages, swap for up to SMALL_M rows; bm is M rounded up.
+_SMALL: dict[tuple[str, str], tuple[int, int, int, int, bool]] = {
+    ("sm_90", "tma"): (64, 128, 4, 5, True),
+    ("sm_90", "native"): (64, 128, 4, 4, True),
+    ("sm_90", "codec"): (64, 128, 4, 4, True),
+    ("sm_90", "weight_only"): (64, 128, 4, 4, True),
+    ("sm_100", "*"): (64, 128, 4, 4, False),
+    ("sm_75", "*"): (64, 64, 4, 2, False),
+    ("cdna", "*"): (64, 128, 4, 2, False),
+    ("rdna", "*"): (64, 64, 4, 2, False),
+    ("xpu", "*"): (64, 32, 8, 2, False),
+    ("*", "*"): (64, 128, 4, 3, False),
+}
+_MEASURED = {"sm_90"}
+_SMS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
+        "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64}  # fmt: skip
+
+
+def family(platform: Platform) -> str:
+    """Platforms that share a table row: "sm_90", "cdna", …"""
+    if platform.kind == "cuda":
+        known = [c for c in (75, 80, 90, 100) if c <= platform.capability]
+        exact = {86: "sm_86", 89: "sm_89", 120: "sm_120", 121: "sm_120"}
+        return exact.get(platform.capability) or f"sm_{known[-1] if known else 75}"
+    if platform.kind == "rocm":
+        return "cdna" if platform.arch.startswith("gfx9") else "rdna"
+    return platform.kind
+
+
+def multiprocessors(platform: Platform) -> int:
+    """How many programs run side by side at least: what the device says, else the usual chip of that name."""
+    said = platform.value("sms")
+    return int(said) if said else _SMS.get(platform.arch, 64)
+
+
+def gemm_tile(
+    path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform, *, invariant: bool = False
+) -> GemmTile:
+    """Config for `[m, k] x [n, k]`; span: K elements that share scales, 0 for all.
+
+    invariant: one config for every m, so that a row's result has the same bytes whatever batch it is in.
+    """
+    if m <= SMALL_M and not invariant:
+        return _small(path, m, n, k, span, platform)
+    name = family(platform)
+    key, (bm, bn, bk, warps, stages) = _find(_LARGE, name, path)
+    tile = GemmTile(bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=1 if path == "tma" else 0)
+    if m <= 128 and not invariant:  # half the rows: twice the programs
+        tile = replace(tile, bm=min(tile.bm, 64), warps=min(tile.warps, 4), entry=tile.entry + ", M <= 128")
+    return _fit(tile, span)
+
+
+def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
+    name = family(platform)
+    key, (bn, bk, warps, stages, swap) = _find(_SMALL, name, path)
+    tile = GemmTile(max(_pow2(m), 16), bn, bk, warps, stages, _entry(name, key, "small"), swap=swap)
+    tile = _fit(tile, span)
+    return replace(tile, split=_split(-(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)))
+
+
+def _split(tiles: int, steps: int, sms: int) -> int:
+    """Slices of K with the least cost: K steps of the busiest multiprocessor, plus what adding slices up costs.
+
+    Fitted on one H200 (weights 64 x 128 a step; one step of streaming ~ 1, a reduction ~ 3 plus 0.4 a slice).
+    """
+    costs = {}
+    for split in (1, 2, 4, 8, 16):
+        if split <= max(steps // 2, 1):
+            waves = -(-tiles * split // sms)
+            costs[split] = waves * -(-steps // split) + (0 if split == 1 else 3 + 0.4 * split) + 0.8 * waves
+    return min(costs, key=costs.__getitem__)
+
+
+def _fit(tile: GemmTile, span: int) -> GemmTile:
+    """Cut bk down to a power of two that the span needs; 32 is the shortest that every instruction takes."""
+    if span and span < tile.bk:
+        return replace(tile, bk=max(_pow2(span), 32), entry=f"{tile.entry}, span {span}")
+    return tile
+
+
+def _find(table: dict[tuple[str, str], tuple], name: str, path: str) -> tuple[tuple[str, str], tuple]:  # type: ignore[type-arg]
+    for key in ((name, path), (name, "*"), ("*", path), ("*", "*")):
+        if key in table:
+            return key, table[key]
+    raise AssertionError("the table has a row for everything")
+
+
+def _entry(name: str, key: tuple[str, str], size: str) -> str:
+    how = "measured" if key[0] in _MEASURED else "compiled"
+    return f"gemm {size}: {how}, {key[0] if key[0] != '*' else 'any'}/{key[1]} (for {name})"
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
