@@ -36,7 +36,20 @@ NATIVE = {
     "sm_100": r"tcgen05\.mma[\w.:]*kind::f8f6f4", "sm_120": r"mma\.sync[\w.]*m16n8k32[\w.:]*e4m3",
     "gfx942": r"v_mfma_\w*fp8_fp8", "gfx950": r"v_mfma_\w*f8f6f4|v_mfma_\w*fp8_fp8", "gfx1201": r"v_wmma_\w*fp8_fp8",
 }  # fmt: skip
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+TARGETS = (
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_120",
+    "gfx90a",
+    "gfx942",
+    "gfx950",
+    "gfx1100",
+    "gfx1201",
+)
 EXPECTED = {"gemm_w8a8", "grouped"}
 """Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
 

@@ -71,7 +71,14 @@ class Linear(_Multiply):
         from . import gemm
 
         return gemm.linear(
-            x, w, bias, problem.numerics, problem.out_dtype, detect(x.device), native=self.native, invariant=self.invariant
+            x,
+            w,
+            bias,
+            problem.numerics,
+            problem.out_dtype,
+            detect(x.device),
+            native=self.native,
+            invariant=self.invariant,
         )
 
 

@@ -64,9 +64,7 @@ def linear(
     if x.shape[0] <= SMALL_M and not invariant and is_grouped(fmt) and not fmt.two_level:
         tickets = x.new_empty(-(-w.shape[-2] // 32), dtype=torch.int32)  # 32: no tile is narrower
     xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets)
-    return matmul(
-        xq, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant, tickets=tickets
-    )
+    return matmul(xq, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant, tickets=tickets)
 
 
 def quantize_activations(
@@ -119,9 +117,9 @@ def matmul(
         platform = without_fp8(platform)
     (m, k), n = x.shape, w.shape[-2]
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
+    tma = _takes_tma(x, w, how, platform)
     if tile is None:
-        path: GemmPath = "tma" if _takes_tma(x, w, how, platform) else how.path
-        tile = gemm_tile(path, m, n, k, how.span, platform, invariant=invariant)
+        tile = gemm_tile("tma" if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
     x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
@@ -137,7 +135,7 @@ def matmul(
         "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
     }  # fmt: skip
     with on_device(y):
-        if "tma" in tile.entry:
+        if tma:
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
             kernels.tma_kernel[(programs, tile.split)](
                 _blocks(x_data, tile.bm), _blocks(w_data, tile.bn), y, bias, sx[0], sw, part, tickets, m, n, k,
@@ -215,10 +213,14 @@ def operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
     if isinstance(q, Tensor):
         return q if q.stride(-1) == 1 else q.contiguous()
     if how.path == "decoded":
-        y = q.data.new_empty(q.data.shape, dtype=torch.bfloat16 if how.constants["COMPUTE"] == tl.bfloat16 else torch.float16)
+        y = q.data.new_empty(
+            q.data.shape, dtype=torch.bfloat16 if how.constants["COMPUTE"] == tl.bfloat16 else torch.float16
+        )
         element = "fp8fnuz" if q.layout == "fnuz" else q.format.element.name
         with on_device(y):
-            kernels.decode_kernel[(-(-y.numel() // 4096),)](q.data.view(torch.uint8), y, y.numel(), KIND=element, BLOCK=4096)
+            kernels.decode_kernel[(-(-y.numel() // 4096),)](
+                q.data.view(torch.uint8), y, y.numel(), KIND=element, BLOCK=4096
+            )
         return y
     return q.data if kind in ("value", "cast") else q.data.view(torch.uint8)
 

@@ -66,12 +66,12 @@ def grouped_matmul(
     experts, n, k = w.shape
     m = x.shape[0]
     if x.shape[1] != k or (rows != "pairs" and tuple(where.shape) != (experts,)):
-        raise ShapeError(f"grouped ({rows}): x {list(x.shape)}, w {list(w.shape)} and where {list(where.shape)} do not fit")
+        raise ShapeError(
+            f"grouped ({rows}): x {list(x.shape)}, w {list(w.shape)} and where {list(where.shape)} do not fit"
+        )
     how = reading(x, w, platform)
     top_k = 1
-    if rows == "sorted":
-        out_rows, per_expert = m, m // experts
-    elif rows == "masked":
+    if rows == "sorted" or rows == "masked":
         out_rows, per_expert = m, m // experts
     else:
         top_k = where.numel() // m

@@ -67,9 +67,7 @@ def load_operand(
 
 
 @triton.jit
-def fold_scale(
-    tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr
-):
+def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr):
     """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
@@ -135,7 +133,7 @@ def accumulate(
             k0 = step // STEPS * SPAN + step % STEPS * BK
             k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
         # Not every target multiplies in bf16, so what is folded for it is still fp32 then.
-        FOLD: tl.constexpr = tl.float32 if COMPUTE == tl.bfloat16 else COMPUTE
+        FOLD: tl.constexpr = tl.float32 if tl.bfloat16 == COMPUTE else COMPUTE
         x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, FOLD if X_SCALE == "fold" else COMPUTE, BK, EVEN_K)
         w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, FOLD if W_SCALE == "fold" else COMPUTE, BK, EVEN_K)
         if X_SCALE == "fold":

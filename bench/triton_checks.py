@@ -1,0 +1,256 @@
+"""Is it right on this device? What the interpreter cannot show: native casts, fused division, graphs, torch.compile.
+
+python bench/triton_checks.py [--quick]        all checks, exit status 1 if one fails
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+import blockscale
+from blockscale import conformance, layouts, reference
+from blockscale.formats import get_format
+from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import quantize as q
+from blockscale.kernels.triton.codec import decode, encode
+from blockscale.numerics import get_numerics
+from blockscale.platform import detect
+from blockscale.registry import explain
+
+SHARD_S = 150.0
+"""A shard of the conformance suite stops here; it says how far it came."""
+
+
+@triton.jit
+def empty_kernel(ptr):
+    """What a launch costs."""
+
+
+@triton.jit
+def encode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, encode(tl.load(x_ptr + at), ELEMENT))
+
+
+@triton.jit
+def decode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y_ptr + at, decode(tl.load(x_ptr + at), ELEMENT, y_ptr.dtype.element_ty))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Bytes that differ."""
+    a, b = (t.cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return int((a != b).sum()) if a.numel() == b.numel() else -1
+
+
+def check_codec() -> Iterator[str]:
+    """Encoder on 16 M bit patterns, decoder on all codes, against torch."""
+    bits = torch.randint(-(2**31), 2**31, (1 << 24,), dtype=torch.int64).to(torch.int32)
+    bits[: 1 << 16] = torch.arange(1 << 16, dtype=torch.int32) << 16
+    x = bits.view(torch.float32)
+    for name in ("fp8_tensor", "fp8e5m2_tensor", "fp8fnuz_tensor", "mxfp4"):
+        fmt = get_format(name)
+        y = torch.empty(x.numel(), dtype=torch.uint8, device="cuda")
+        encode_kernel[(x.numel() // 4096,)](x.cuda(), y, ELEMENT=fmt.element.name, BLOCK=4096)
+        if bad := same(y, reference.encode(x, fmt)):
+            yield f"{fmt.element.name}: {bad} of {x.numel()} codes differ"
+        n = 16 if fmt.packed else 256
+        codes = torch.arange(n, dtype=torch.uint8)
+        want = reference.decode(codes, fmt)[::2] if fmt.packed else codes.view(fmt.element.dtype).float()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            got = torch.empty(n, dtype=dtype, device="cuda")
+            decode_kernel[(1,)](codes.cuda(), got, ELEMENT=fmt.element.name, N=n)
+            if not torch.equal(got.float().cpu().nan_to_num(1e9), want.nan_to_num(1e9)):
+                yield f"{fmt.element.name} -> {dtype}: differs"
+
+
+def check_quantize() -> Iterator[str]:
+    """Native casts and fused division against the reference's bytes: random, tiny, huge, tied, non-finite, -0."""
+    p = detect("cuda")
+    x = torch.randn(1024, 7168) * torch.exp(torch.randn(1024, 1) * 8)
+    x[0], x[1, :9] = 0, torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40, -1e-40, 1e38, 448.0, 464.0])
+    x[2] = (torch.arange(7168) % 449) + 0.5
+    x[3:400] *= 1e-12
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in (
+            "fp8_1x128",
+            "fp8_1x128_ue8m0",
+            "fp8_1x32_ue8m0",
+            "mxfp8",
+            "mxfp4",
+            "nvfp4",
+            "fp8_row",
+            "fp8_tensor",
+            "fp8_128x128",
+        ):
+            fmt, given = get_format(name), x.to(dtype)
+            want = reference.quantize(given, fmt)
+            for platform in (p, gemm.without_fp8(p)):
+                got = q.quantize(given.cuda(), fmt, platform)
+                data, scale = same(got.data, want.data), same(got.scale, want.scale)
+                if data or scale:
+                    yield f"{name} {dtype} {platform.arch}: {data} data and {scale} scale bytes differ"
+    packed = q.quantize(x.cuda(), get_format("fp8_1x128_ue8m0"), p, layout="ue8m0x4")
+    if same(packed.scale, layouts.convert(reference.quantize(x, get_format("fp8_1x128_ue8m0")), "ue8m0x4").scale):
+        yield "ue8m0x4 scales differ"
+
+
+def check_graph() -> Iterator[str]:
+    """A captured linear and grouped linear, replayed on new input, equals the eager call, byte for byte."""
+    p, numerics = detect("cuda"), get_numerics("checkpoint")
+    w = reference.quantize(torch.randn(640, 1024), get_format("fp8_128x128")).to("cuda")
+    experts = reference.quantize(torch.randn(4, 256, 1024), get_format("fp8_128x128")).to("cuda")
+    offsets = torch.tensor([1, 1, 5, 9], dtype=torch.int32, device="cuda")
+    for m in (1, 16, 200):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        rows = torch.randn(11, 1024, device="cuda", dtype=torch.bfloat16)
+
+        def step(x: torch.Tensor = x, rows: torch.Tensor = rows) -> tuple[torch.Tensor, torch.Tensor]:
+            y = gemm.linear(x, w, None, numerics, torch.bfloat16, p)
+            return y, grouped.grouped_linear(rows, experts, offsets, numerics, torch.bfloat16, p)
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            rows.copy_(torch.randn_like(rows))
+            graph.replay()
+            if any(same(a, b) for a, b in zip(captured, step(), strict=True)):
+                yield f"M={m}: the replay differs from the eager call"
+
+
+def check_compile() -> Iterator[str]:
+    """torch.compile, fullgraph, sees one opaque op: same result as eager, no fp8 in inductor."""
+    w = reference.quantize(torch.randn(640, 1024), get_format("fp8_128x128")).to("cuda")
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(blockscale.linear(x, w, kernel="triton.block")) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (3, 70):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        if same(compiled(x), layer(x)):
+            yield f"M={m}: compiled differs from eager"
+
+
+def check_repeat() -> Iterator[str]:
+    """Same bytes every time (split-K included), and whatever the batch where that was ordered."""
+    p, numerics = detect("cuda"), get_numerics("checkpoint")
+    w = reference.quantize(torch.randn(320, 7168), get_format("fp8_128x128")).to("cuda")
+    x = torch.randn(300, 7168, device="cuda", dtype=torch.bfloat16)
+    for m in (1, 16, 64, 300):
+        ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p) for _ in range(10)]
+        if any(same(ys[0], y) for y in ys):
+            yield f"M={m}: two runs differ"
+    ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p, invariant=True)[:1] for m in (1, 2, 17, 64, 65, 300)]
+    if any(same(ys[0], y) for y in ys):
+        yield "invariant: a row's bytes depend on M"
+    big = torch.full((70000, 128), 3.0, device="cuda", dtype=torch.bfloat16)
+    if float(q.quantize(big, get_format("fp8_1x128"), p).scale.min()) <= 0:
+        yield "70000 rows: not all quantized"
+
+
+CHECKS: dict[str, Callable[[], Iterator[str]]] = {
+    "codec": check_codec, "quantize bytes": check_quantize, "CUDA graph": check_graph,
+    "torch.compile": check_compile, "determinism": check_repeat,
+}  # fmt: skip
+
+
+def shard(rank: int, count: int, quick: bool) -> dict[str, Any]:
+    """Conformance cases rank, rank + count, … of a shuffled list."""
+    platform, began = detect("cuda"), time.monotonic()
+    cases = list(conformance.cases(quick=quick))
+    random.Random(0).shuffle(cases)
+    cases = cases[rank::count]
+    out: dict[str, Any] = {"cases": 0, "total": 0, "failures": [], "max_error": {}, "kernels": {}}
+    for case in cases:
+        found = [
+            d.kernel for d in explain(case.problem(), platform) if d.accepted and d.kernel.name.startswith("triton.")
+        ]
+        out["total"] += len(found)
+        if time.monotonic() - began > SHARD_S:
+            continue
+        for kernel in found:
+            failure, error = conformance.check(kernel, case, "cuda")
+            out["cases"] += 1
+            out["kernels"][kernel.name] = out["kernels"].get(kernel.name, 0) + 1
+            key = f"{kernel.name} {case.op}"
+            out["max_error"][key] = max(out["max_error"].get(key, 0.0), error)
+            if failure:
+                out["failures"].append(f"{failure.kernel}: {failure.case} at {failure.coordinate}: got {failure.got[:200]}, "
+                                       f"want {failure.want[:80]} ({error:.3g} of the bound)")  # fmt: skip
+    return out
+
+
+def run_checks(processes: int = 8, *, quick: bool = False) -> dict[str, Any]:
+    """Everything above. {"lines": what to print, "failed": number of failures, …}"""
+    shards = [
+        subprocess.Popen([sys.executable, __file__, "--shard", f"{i}/{processes}", *["--quick"] * quick],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for i in range(processes)
+    ]  # fmt: skip
+    lines, failed, results = [], 0, {}
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            found = list(check())
+        except Exception as e:
+            found = [f"{type(e).__name__}: {str(e)[-400:]}"]
+        results[name] = found
+        failed += len(found)
+        lines.append(f"{name}: {'; '.join(found) or 'ok'}")
+    total: dict[str, Any] = {"cases": 0, "total": 0, "failures": [], "max_error": {}, "kernels": {}}
+    for process in shards:
+        try:
+            text, _ = process.communicate(timeout=SHARD_S + 60)
+            part = json.loads(text.strip().splitlines()[-1])
+        except (subprocess.TimeoutExpired, ValueError, IndexError) as e:
+            process.kill()
+            total["failures"].append(f"shard: {type(e).__name__} {str(e)[-300:]}")
+            continue
+        total["cases"] += part["cases"]
+        total["total"] += part["total"]
+        total["failures"] += part["failures"]
+        for key, value in part["max_error"].items():
+            total["max_error"][key] = max(total["max_error"].get(key, 0.0), value)
+        for key, value in part["kernels"].items():
+            total["kernels"][key] = total["kernels"].get(key, 0) + value
+    failed += len(total["failures"])
+    lines.append(f"conformance: {total['cases']} of {total['total']} cases run, {len(total['failures'])} failed")
+    lines += [f"    {text}" for text in total["failures"][:20]]
+    lines.append(
+        "    worst error over its bound: " + ", ".join(f"{k} {v:.2g}" for k, v in sorted(total["max_error"].items()))
+    )
+    return {"lines": lines, "failed": failed, "conformance": total, **results}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--shard")
+    chosen = parser.parse_args()
+    if chosen.shard:
+        rank, count = map(int, chosen.shard.split("/"))
+        print("\n" + json.dumps(shard(rank, count, chosen.quick)))
+        return 0
+    result = run_checks(quick=chosen.quick)
+    print("\n".join(result["lines"]))
+    return int(result["failed"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
