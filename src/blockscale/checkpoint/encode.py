@@ -1,0 +1,131 @@
+"""A quantized weight as the tensors that a checkpoint style stores. Floor 9."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ScaleError, UnknownNameError
+from ..formats import Format
+from ..layouts import decode_scale, encode_e8m0
+from ..tensor import BlockScaled
+from .header import DTYPES, dtype_code
+from .names import Parts, Style, get_style
+from .writer import Spec
+
+SCALE_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "e8m0": "F8_E8M0", "u8": "U8", "e4m3": "F8_E4M3"}
+"""Words of `--scale-dtype` -> safetensors' codes. u8 is the byte of E8M0 under another name."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """format, style and scale storage dtype (safetensors' code): everything that fixes a weight's bytes on disk."""
+
+    format: Format
+    style: Style
+    scale_dtype: str
+
+    @property
+    def data_dtype(self) -> str:
+        if self.format.packed:
+            return "I8" if self.style.name == "deepseek_v4" and not self.format.two_level else "U8"
+        return dtype_code(self.format.element.dtype)
+
+    def parts(self, module: str, static: bool = False) -> Parts:
+        return self.style.parts(module, packed=self.format.packed, two_level=self.format.two_level, static=static)
+
+    def specs(self, module: str, shape: tuple[int, ...], static: bool = False) -> tuple[Spec, ...]:
+        """The tensors for a weight of logical `shape` (n, k): data, scale, global scale, input scale."""
+        names = self.parts(module, static)
+        rows, cols = shape[-2:]
+        data = Spec(names.data, self.data_dtype, (*shape[:-2], *self.format.data_shape(rows, cols)))
+        scale = Spec(names.scale, self.scale_dtype, self.scale_shape(shape))
+        level = (Spec(n, "F32", shape[:-2]) for n in (names.global_scale, names.input_scale) if n)
+        return (data, scale, *level)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored scale: each style has a way of its own for grids that are not matrices of blocks."""
+        grid = self.format.scale_shape(*shape[-2:])
+        lead = shape[:-2]
+        if self.format.block == (None, None):
+            return (*lead, 1) if self.style.name == "compressed_tensors" else lead
+        if self.style.name == "modelopt" and (self.format.block[0] or 0) > 1:
+            return (*lead, grid[0], 1, grid[1], 1)
+        if self.style.name == "modelopt" and self.format.block[1] is None:
+            return (*lead, grid[0])
+        return (*lead, *grid)
+
+    def tensors(self, module: str, q: BlockScaled) -> dict[str, Tensor]:
+        """The tensors by name. Raises ScaleError when a scale cannot be stored exactly in `scale_dtype`."""
+        names = self.parts(module, q.input_scale is not None)
+        found = {
+            names.data: q.data.view(DTYPES[self.data_dtype]),
+            names.scale: store_scale(q.scale, self.scale_dtype).reshape(self.scale_shape(q.shape)),
+        }
+        for name, value in ((names.global_scale, q.global_scale), (names.input_scale, q.input_scale)):
+            if name is not None and value is not None:
+                found[name] = (1 / value.float()) if names.inverse else value.float()
+        return found
+
+
+def make_encoding(fmt: Format, style: str | None = None, scale_dtype: str | None = None) -> Encoding:
+    """The way a format is usually stored, or as asked. style: a name of `names.STYLES`. scale_dtype: see SCALE_DTYPES.
+
+    Raises UnknownNameError, or CheckpointError for a scale dtype that the format does not have.
+    """
+    chosen = get_style(style or _usual_style(fmt))
+    if scale_dtype is None:
+        code = _usual_scale_dtype(fmt, chosen)
+    elif scale_dtype in SCALE_DTYPES:
+        code = SCALE_DTYPES[scale_dtype]
+    else:
+        raise UnknownNameError("scale dtype", scale_dtype, SCALE_DTYPES)
+    stored = torch.float8_e8m0fnu if code == "U8" else DTYPES[code]
+    if stored not in fmt.scale_dtypes:
+        raise CheckpointError(f"{fmt}: scales are stored in one of {list(map(str, fmt.scale_dtypes))}, got {code}")
+    return Encoding(fmt, chosen, code)
+
+
+def _usual_style(fmt: Format) -> str:
+    if fmt.two_level:
+        return "modelopt"
+    if fmt.name == "mxfp4" or (fmt.block[1] is None and fmt.scale_rounding == "none"):
+        return "compressed_tensors"
+    return "deepseek"
+
+
+def _usual_scale_dtype(fmt: Format, style: Style) -> str:
+    if fmt.two_level:
+        return "F8_E4M3"
+    if fmt.scale_rounding == "none":
+        return "F32"
+    if style.name == "deepseek_v4":
+        return "F8_E8M0"
+    if fmt.scale_rounding == "pow2_floor":
+        return "U8"
+    return "F8_E8M0" if fmt.block == (32, 32) else "F32"  # V4.1 and V3.1
+
+
+def store_scale(scale: Tensor, code: str) -> Tensor:
+    """The same scales in another storage dtype, exactly. Raises ScaleError when a value would change."""
+    if dtype_code(scale.dtype) == code:
+        return scale
+    value = decode_scale(scale)
+    if code in ("F8_E8M0", "U8"):
+        return encode_e8m0(value).view(DTYPES[code])
+    stored = value.to(DTYPES[code])
+    changed = (stored.float() != value) & ~value.isnan()
+    if changed.any():
+        raise ScaleError(
+            f"scale {value[changed][0]:g} is not exact in {code} ({int(changed.sum())} of {scale.numel()} scales)"
+        )
+    return stored
+
+
+def scale_values(tensors: Mapping[str, Tensor], parts: Parts) -> Tensor:
+    """The stored scales as fp32."""
+    scale = tensors[parts.scale]
+    return decode_scale(scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale)

@@ -1,0 +1,311 @@
+"""Long work that can be killed at any moment: the engine under quantize, convert and dequantize. Floor 9.
+
+A job writes into `DST.unfinished/` and renames it to DST when all is there, so DST is either absent or complete.
+
+    job.json             what was asked, and of which source
+    <shard>.partial      being written; its name loses `.partial` when its bytes are on the disk
+    records/<shard>.json hashes of a finished shard and the report of its steps
+    manifest             all records, once every shard is finished: from here on only the renaming is left
+
+A second run with the same request keeps the shards whose content still hashes to their record and makes the rest. The
+result does not depend on kills, the number of workers or the clock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .config import load_json
+from .errors import DestinationError
+from .steps import Advance, Step
+from .writer import ShardWriter, Spec, index_of, shard_hashes, sync_folder, write_json
+
+MANIFEST = "blockscale_manifest.json"
+UNFINISHED = ".unfinished"
+_RECORDS, _REQUEST, _LOCK = "records", "job.json", ".lock"
+
+Event = Mapping[str, Any]
+"""{"event": "start" | "advance" | "shard" | "done", …}: what progress bars and --json lines are made of."""
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the steps that fill it."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def specs(self) -> list[Spec]:
+        return [spec for step in self.steps for spec in step.outputs]
+
+    @property
+    def nbytes_in(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that fixes the result.
+
+    tool, options: the request, JSON-able. source: the folder or file read. files: its files, for `fingerprint`.
+    finish: writes config and other small files into the folder it is given, from all step records.
+    """
+
+    tool: str
+    source: Path
+    dst: Path
+    options: Mapping[str, Any]
+    files: tuple[Path, ...]
+    shards: tuple[Shard, ...]
+    finish: Callable[[Path, Sequence[Mapping[str, Any]]], None]
+
+    @property
+    def work(self) -> Path:
+        return self.dst.with_name(self.dst.name + UNFINISHED)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return {"tool": self.tool, "options": dict(self.options), "source": fingerprint(self.files)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """path: the checkpoint written. existed: it was complete already. kept: shards of an earlier run that were used.
+
+    records: of every step, in order.
+    """
+
+    path: Path
+    existed: bool
+    kept: int
+    shards: int
+    records: tuple[Mapping[str, Any], ...]
+
+
+def run_job(job: Job, listen: Listener = lambda event: None) -> Result:
+    """Do what is not done yet, in this process.
+
+    Raises DestinationError when DST (or its unfinished folder) is something else; OSError when the disk is full or
+    read-only, with the unfinished folder left for the next run.
+    """
+    if finished := already_done(job):
+        return finished
+    with prepared(job):
+        kept = run_shards(job, job.shards, listen)
+        return conclude(job, kept, listen)
+
+
+def already_done(job: Job) -> Result | None:
+    """The result if DST is complete and of the same request. Raises DestinationError when it is anything else."""
+    if not job.dst.exists() and not job.dst.is_symlink():
+        return None
+    if job.dst.is_dir() and not any(job.dst.iterdir()):
+        return None
+    if not (job.dst / MANIFEST).is_file():
+        raise DestinationError(f"{job.dst}: exists and was not made by blockscale; it is left as it is")
+    manifest = load_json(job.dst / MANIFEST)
+    _require_same(job, manifest, job.dst, [step for record in manifest["shards"] for step in record["steps"]])
+    steps = tuple(step for record in manifest["shards"] for step in record["steps"])
+    return Result(job.dst, True, len(job.shards), len(job.shards), steps)
+
+
+@contextmanager
+def prepared(job: Job) -> Iterator[None]:
+    """The unfinished folder, ours alone for as long as the block runs."""
+    work = job.work
+    if work.exists() and not work.is_dir():
+        raise DestinationError(f"{work}: exists and is no folder")
+    job.dst.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with (work / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise DestinationError(f"{work}: another run is writing here") from e
+        if not job.dst.exists() and not work.is_dir():
+            raise DestinationError(f"{work}: another run has just finished")
+        if (work / _REQUEST).is_file():
+            _require_same(job, load_json(work / _REQUEST), work, list(_known_steps(job)))
+        elif stray := next((p for p in work.iterdir() if p.name != _LOCK and not p.name.endswith(".partial")), None):
+            raise DestinationError(f"{work}: holds {stray.name} and no {_REQUEST}: not an unfinished run")
+        (work / _RECORDS).mkdir(exist_ok=True)
+        write_json(work / _REQUEST, job.request)
+        yield
+
+
+def run_shards(job: Job, shards: Sequence[Shard], listen: Listener) -> int:
+    """Make the shards that are not there yet. Returns how many were."""
+    listen({"event": "start", "shards": len(shards), "bytes": sum(s.nbytes_in for s in shards)})
+    kept = 0
+    for shard in shards:
+        if _is_kept(job, shard):
+            kept += 1
+            listen({"event": "advance", "name": shard.name, "bytes": shard.nbytes_in})
+        else:
+            _make(job, shard, listen)
+        listen({"event": "shard", "name": shard.name})
+    return kept
+
+
+def conclude(job: Job, kept: int, listen: Listener) -> Result:
+    """Small files, index, manifest, and the rename that makes DST exist. All shards must be finished."""
+    work = job.work
+    records = [_read_record(job, shard) for shard in job.shards]
+    missing = [shard.name for shard, record in zip(job.shards, records, strict=True) if record is None]
+    if missing:
+        raise CheckpointError(f"{work}: shard {missing[0]} was not finished")
+    done = [record for record in records if record is not None]
+    steps = tuple(step for record in done for step in record["steps"])
+    job.finish(work, steps)
+    if len(job.shards) > 1:
+        write_json(work / "model.safetensors.index.json", index_of((s.name, s.specs) for s in job.shards))
+    write_json(work / MANIFEST, {**job.request, "shards": done})
+    shutil.rmtree(work / _RECORDS)
+    (work / _REQUEST).unlink(missing_ok=True)
+    for leftover in work.glob("*.partial"):
+        leftover.unlink()
+    (work / _LOCK).unlink(missing_ok=True)
+    sync_folder(work)
+    work.rename(job.dst)
+    sync_folder(job.dst.parent)
+    listen({"event": "done", "path": str(job.dst), "shards": len(job.shards), "kept": kept})
+    return Result(job.dst, False, kept, len(job.shards), steps)
+
+
+def _make(job: Job, shard: Shard, listen: Listener) -> None:
+    with ShardWriter(job.work / shard.name, shard.specs) as writer:
+        steps = []
+        for step in shard.steps:
+            steps.append(step.run(writer.write, _advance(step, listen)))
+    record = {"shard": shard.name, "size": writer.size, "sha256": writer.hashes(), "steps": steps}
+    write_json(_record_path(job, shard), record)
+
+
+def _advance(step: Step, listen: Listener) -> Advance:
+    return lambda n: listen({"event": "advance", "name": step.name, "bytes": n})
+
+
+def _is_kept(job: Job, shard: Shard) -> bool:
+    """Whether the shard is there with the content that its record says."""
+    record, path = _read_record(job, shard), job.work / shard.name
+    if record is None or not path.is_file() or path.stat().st_size != record["size"]:
+        return False
+    try:
+        return bool(shard_hashes(path) == record["sha256"])
+    except CheckpointError:
+        return False
+
+
+def _record_path(job: Job, shard: Shard) -> Path:
+    return job.work / _RECORDS / f"{shard.name}.json"
+
+
+def _read_record(job: Job, shard: Shard) -> dict[str, Any] | None:
+    """From records/, or from the manifest when a run was killed between the two."""
+    path = _record_path(job, shard)
+    if path.is_file():
+        return load_json(path)
+    if (job.work / MANIFEST).is_file():
+        shards = load_json(job.work / MANIFEST)["shards"]
+        return next((r for r in shards if r["shard"] == shard.name), None)
+    return None
+
+
+def _known_steps(job: Job) -> Iterator[Mapping[str, Any]]:
+    for shard in job.shards:
+        if record := _read_record(job, shard):
+            yield from record["steps"]
+
+
+# -- is it the same source? --------------------------------------------------------------------------------------
+
+
+def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
+    """size, time of change and a hash of the header (or of all of a small file) of every source file."""
+    return {path.name: _file_fingerprint(path) for path in files}
+
+
+def _file_fingerprint(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    with path.open("rb") as f:
+        head = f.read(8)
+        claimed = int.from_bytes(head, "little") if path.suffix == ".safetensors" else 1 << 20
+        head += f.read(min(claimed, stat.st_size))
+    times = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    return {**times, "head": hashlib.sha256(head).hexdigest()}
+
+
+def _require_same(job: Job, old: Mapping[str, Any], where: Path, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DestinationError unless `old` is the same request of the same, unchanged source.
+
+    Files whose times differ (a copied or touched source) are compared by content: every tensor that the earlier run
+    has read is read again and must have the checksum that was recorded.
+    """
+    new = json.loads(json.dumps(job.request))
+    for key in ("tool", "options"):
+        if old.get(key) != new[key]:
+            raise DestinationError(f"{where}: holds {_request_text(old)}, asked for {_request_text(new)}; delete one")
+    before, now = old.get("source", {}), new["source"]
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now or name not in before:
+            raise DestinationError(f"{where}: the source changed: {name} {'is gone' if name in before else 'is new'}")
+        if any(before[name].get(key) != now[name][key] for key in ("size", "head")):
+            raise DestinationError(f"{where}: the source changed: {name} is not what it was")
+    if before == now:
+        return
+    recorded = {step["name"]: step["checksum"] for step in steps}
+    for shard in job.shards:
+        for step in shard.steps:
+            said = next((recorded[n] for n in _step_names(step) if n in recorded), None)
+            if said is not None and step.checksum() != said:
+                raise DestinationError(f"{where}: the source changed: {step.name} has other values than before")
+
+
+def _step_names(step: Step) -> Iterator[str]:
+    from .names import module_of
+
+    yield from (step.outputs[0].name, module_of(step.outputs[0].name))
+
+
+def _request_text(request: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in request.get("options", {}).items() if v not in (None, [], False))
+    return f"{request.get('tool')} ({options})"
+
+
+def pack_shards(groups: Sequence[Sequence[Step]], limit: int) -> tuple[Shard, ...]:
+    """Steps in order into shards of at most `limit` output bytes; a group (one source file) is never mixed."""
+    packed: list[list[Step]] = []
+    for group in groups:
+        room = 0
+        for step in group:
+            size = sum(spec.nbytes for spec in step.outputs)
+            if room < size or not packed:
+                packed.append([])
+                room = limit
+            packed[-1].append(step)
+            room -= size
+    if len(packed) == 1:
+        return (Shard("model.safetensors", tuple(packed[0])),)
+    total = len(packed)
+    return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(s)) for i, s in enumerate(packed, 1))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A small file, atomically and durably."""
+    temporary = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, temporary)
+    with temporary.open("rb") as f:
+        os.fsync(f.fileno())
+    temporary.replace(target)

@@ -1,0 +1,104 @@
+"""Tensors to work on, a slab of rows at a time, so that memory does not grow with the model. Floor 9."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .files import read_bytes
+from .header import TensorInfo
+
+SLAB = 1 << 22
+"""Elements read at a time (8 MB of BF16): large enough for a kernel, small enough for caches."""
+
+
+class SourceTensor(Protocol):
+    """A matrix `[rows, cols]` (leading dimensions folded into rows) that can be read by rows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str:
+        """safetensors' code of what `read` returns."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def read(self, begin: int, end: int) -> Tensor:
+        """Rows `begin … end` as `[end - begin, cols]`."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a safetensors file."""
+
+    info: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.info.nbytes
+
+    def read(self, begin: int, end: int) -> Tensor:
+        rows, cols = folded(self.info.shape)
+        width = self.info.nbytes // rows if rows else 0
+        return read_bytes(self.info, begin * width, end * width).view(self.info.torch_dtype).reshape(-1, cols)
+
+
+def folded(shape: tuple[int, ...]) -> tuple[int, int]:
+    """`[..., rows, cols]` as one matrix; vectors and scalars are one row."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def slabs(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges of about SLAB elements, each but the last a multiple of `multiple` rows. Shape alone decides."""
+    rows, cols = folded(shape)
+    step = max(1, SLAB // max(1, cols * multiple)) * multiple
+    yield from ((r, min(r + step, rows)) for r in range(0, rows, step))
+
+
+class Checksum:
+    """A quick checksum of bytes read in fixed pieces: notices a source that changed between two runs.
+
+    Sums of 64-bit words for each 64 KiB, hashed: five times faster than hashing the bytes. Not cryptographic.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, piece: Tensor) -> None:
+        flat = piece.contiguous().reshape(-1).view(torch.uint8)
+        whole = flat.numel() // 65536 * 65536
+        if whole:
+            sums = flat[:whole].view(torch.int64).view(-1, 8192).sum(1)
+            self._hash.update(sums.numpy().tobytes())
+        self._hash.update(flat[whole:].numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()[:32]
+
+
+def checksum(tensor: SourceTensor, multiple: int = 1) -> str:
+    """`Checksum` of a whole source tensor, read in the slabs that a step with this `multiple` reads."""
+    total = Checksum()
+    for begin, end in slabs(tensor.shape, multiple):
+        total.update(tensor.read(begin, end))
+    return total.hexdigest()

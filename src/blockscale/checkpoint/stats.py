@@ -1,0 +1,92 @@
+"""How much a quantization changed a tensor: the numbers of the report. Floor 9."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts import decode_scale
+from ..reference import dequantize
+from ..tensor import BlockScaled
+
+SAMPLE = 1 << 18
+"""Elements measured of each tensor by default. Measuring costs more than quantizing does."""
+
+
+class Stats:
+    """Error of one tensor, gathered slab by slab.
+
+    full: measure every element; otherwise up to SAMPLE of them, whole blocks spread over the tensor, the same ones in
+    every run. Scales are always all counted.
+    """
+
+    def __init__(self, elements: int, slab_count: int, full: bool) -> None:
+        self._budget = elements if full else max(1, SAMPLE // max(1, slab_count))
+        self._full = full or elements <= SAMPLE
+        self._error = self._power = 0.0
+        self._measured = self._clipped = self._zeros = 0
+        self._scales: Counter[int] = Counter()
+        self._amax = 0.0
+
+    def add(self, x: Tensor, q: BlockScaled, index: int) -> None:
+        """One slab `x: [rows, cols]` and what became of it."""
+        level = 1.0 if q.global_scale is None else float(q.global_scale)
+        scale = decode_scale(q.scale) * level
+        exponents = torch.frexp(scale[scale > 0])[1] - 1
+        values, counts = torch.unique(exponents, return_counts=True)
+        self._scales.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        for part, stored in [(x, q)] if self._full else self._sample(x, q, index):
+            self._measure(part.float(), stored, level)
+
+    def _sample(self, x: Tensor, q: BlockScaled, index: int) -> Iterator[tuple[Tensor, BlockScaled]]:
+        """One window of whole blocks, at a place that moves with the slab's index."""
+        rows, cols = x.shape
+        br, bc = q.format.block_shape(rows, cols)
+        high = min(rows, max(br, 128 // br * br))
+        wide = min(cols, max(bc, self._budget // high // bc * bc))
+        top = (index * 7 % max(1, rows // high)) * high
+        left = (index * 11 % max(1, cols // wide)) * wide
+        left = left // bc * bc
+        data_cols = slice(left // 2, (left + wide) // 2) if q.format.packed else slice(left, left + wide)
+        part = BlockScaled(
+            q.data[top : top + high, data_cols],
+            q.scale[top // br : -(-(top + high) // br), left // bc : -(-(left + wide) // bc)],
+            q.format,
+            shape=(high, wide),
+            global_scale=q.global_scale,
+        )
+        yield x[top : top + high, left : left + wide], part
+
+    def _measure(self, x: Tensor, q: BlockScaled, level: float) -> None:
+        x = torch.where(x.isfinite(), x, 0.0)
+        y = torch.where((value := dequantize(q)).isfinite(), value, 0.0)
+        self._error += float((x - y).square().sum(dtype=torch.float64))
+        self._power += float(x.square().sum(dtype=torch.float64))
+        self._measured += x.numel()
+        self._zeros += int(((y == 0) & (x != 0)).sum())
+        br, bc = q.format.block_shape(*x.shape)
+        top = decode_scale(q.scale) * (level * q.format.max)
+        top = top.repeat_interleave(br, 0)[: x.shape[0]].repeat_interleave(bc, 1)[:, : x.shape[1]]
+        self._clipped += int((x.abs() > top * (1 + 2**-20)).sum())
+        self._amax = max(self._amax, float(x.abs().amax()) if x.numel() else 0.0)
+
+    def result(self) -> dict[str, Any]:
+        """relative_error: ||x - y|| / ||x||. sqnr_db. clipped, zeros: shares of the measured elements.
+
+        zeros: not zero before, zero now. scales: {exponent of two: count}.
+        """
+        relative = math.sqrt(self._error / self._power) if self._power > 0 else 0.0
+        return {
+            "relative_error": relative,
+            "sqnr_db": -20 * math.log10(relative) if relative > 0 else None,
+            "clipped": self._clipped / max(1, self._measured),
+            "zeros": self._zeros / max(1, self._measured),
+            "amax": self._amax,
+            "measured": self._measured,
+            "scales": {str(e): n for e, n in sorted(self._scales.items())},
+        }

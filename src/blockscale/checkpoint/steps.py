@@ -1,0 +1,189 @@
+"""What can be done to one tensor on its way into a shard. Floor 9.
+
+A step knows what it will write before it reads anything, so a shard can be laid out; it then streams slabs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..numerics import DEFAULT_FLOOR
+from ..tensor import BlockScaled
+from .encode import Encoding
+from .errors import NotFiniteError
+from .header import DTYPES
+from .names import module_of
+from .source import Checksum, SourceTensor, checksum, slabs
+from .stats import Stats
+from .writer import Spec
+
+Write = Callable[[str, Tensor], None]
+Advance = Callable[[int], None]
+"""Told the bytes of the source that were just dealt with."""
+
+
+class Step(Protocol):
+    """One tensor's way. name: for progress and messages. nbytes: read from the source."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def outputs(self) -> tuple[Spec, ...]: ...
+    def run(self, write: Write, advance: Advance) -> dict[str, Any]:
+        """Read, compute, write; returns the record for manifest and report, with a "checksum" of the source."""
+
+    def checksum(self) -> str:
+        """The checksum that `run` would record now."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor as it is, perhaps under another name or in another float dtype."""
+
+    source: SourceTensor
+    rename: str | None = None
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        return (Spec(self.rename or self.source.name, self.dtype or self.source.dtype, self.source.shape),)
+
+    def run(self, write: Write, advance: Advance) -> dict[str, Any]:
+        total, (out,) = Checksum(), self.outputs
+        for begin, end in slabs(self.source.shape):
+            piece = self.source.read(begin, end)
+            total.update(piece)
+            write(out.name, piece if self.dtype is None else piece.to(DTYPES[self.dtype]))
+            advance(piece.numel() * piece.element_size())
+        return {"name": out.name, "step": "copy", "checksum": total.hexdigest()}
+
+    def checksum(self) -> str:
+        return checksum(self.source)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A float matrix to block-scaled tensors: bytes equal to `reference.quantize` of the whole matrix.
+
+    keep_nan: store NaN and infinities as the format does, instead of refusing. search: MSE-searched scales.
+    full_report: measure every element.
+    """
+
+    source: SourceTensor
+    encoding: Encoding
+    keep_nan: bool = False
+    search: bool = False
+    full_report: bool = False
+    rename: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def module(self) -> str:
+        return module_of(self.rename or self.source.name)
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        return self.encoding.specs(self.module, self.source.shape)
+
+    @property
+    def _multiple(self) -> int:
+        """Slabs end on block boundaries."""
+        return self.encoding.format.block[0] or 1
+
+    def run(self, write: Write, advance: Advance) -> dict[str, Any]:
+        fmt, shape, names = self.encoding.format, self.source.shape, self.encoding.parts(self.module)
+        whole = self._whole_scale()
+        total = Checksum()
+        ranges = list(slabs(shape, self._multiple))
+        stats = Stats(shape[0] * shape[1], len(ranges), self.full_report)
+        for i, (begin, end) in enumerate(ranges):
+            x = self.source.read(begin, end)
+            total.update(x)
+            self._check_finite(x, begin)
+            q = self._quantize(x, whole)
+            stats.add(x, q, i)
+            parts = self.encoding.tensors(self.module, q)
+            write(names.data, parts[names.data])
+            if i == 0 or fmt.block[0] is not None:
+                write(names.scale, parts[names.scale])
+            if i == 0 and names.global_scale:
+                write(names.global_scale, parts[names.global_scale])
+            advance(x.numel() * x.element_size())
+        record = {"name": self.module, "step": "quantize", "format": fmt.name, "shape": list(shape)}
+        return record | {"checksum": total.hexdigest()} | stats.result()
+
+    def checksum(self) -> str:
+        return checksum(self.source, self._multiple)
+
+    def _quantize(self, x: Tensor, whole: Tensor | None) -> BlockScaled:
+        fmt = self.encoding.format
+        if fmt.two_level:
+            return reference.quantize(x, fmt, global_scale=whole)
+        if self.search:
+            from .search import searched_scale
+
+            return ops.quantize(x, fmt, scale=searched_scale(x, fmt))
+        if self.encoding.scale_dtype in ("BF16", "F16") and whole is None:
+            amax = reference.block_amax(reference.to_blocks(x.float(), fmt)).clamp(min=DEFAULT_FLOOR)
+            whole = reference.round_scale(amax, fmt, fmt.scale_rounding)
+        if whole is not None:
+            whole = whole.to(_given_dtype(self.encoding))
+        return ops.quantize(x, fmt, scale=whole)
+
+    def _whole_scale(self) -> Tensor | None:
+        """What must be known of the whole matrix before its first slab: NVFP4's global scale, a per-tensor scale."""
+        fmt = self.encoding.format
+        if not fmt.two_level and fmt.block[0] is not None:
+            return None
+        amax = torch.zeros(())
+        for begin, end in slabs(self.source.shape, self._multiple):
+            magnitude = self.source.read(begin, end).float().abs()
+            amax = torch.maximum(amax, torch.where(magnitude < torch.inf, magnitude, 0.0).amax())
+        if fmt.two_level:
+            level = amax / (448.0 * fmt.max)
+            return torch.where(level > 0, level, 1.0)
+        scale = reference.round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
+        return reference.store_scale(scale.reshape(1, 1), fmt)
+
+    def _check_finite(self, x: Tensor, first_row: int) -> None:
+        if self.keep_nan or bool(x.sum(dtype=torch.float32).isfinite()):
+            return  # a sum is finite only if every element is, and costs one pass
+        bad = ~x.isfinite()
+        if bad.any():
+            row, col = bad.nonzero()[0].tolist()
+            raise NotFiniteError(
+                f"{self.source.name}: {x[row, col].item()} at [{first_row + row}, {col}] "
+                f"({int(bad.sum())} such elements in its slab); --nan keep stores them as NaN"
+            )
+
+
+def _given_dtype(encoding: Encoding) -> torch.dtype:
+    return torch.float8_e8m0fnu if encoding.scale_dtype == "U8" else DTYPES[encoding.scale_dtype]
+
+
+def is_matrix(source: SourceTensor) -> bool:
+    """Whether a tensor can be block-scaled at all: a non-empty float matrix."""
+    return len(source.shape) == 2 and 0 not in source.shape and source.dtype in ("F32", "BF16", "F16", "F64")

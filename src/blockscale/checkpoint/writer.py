@@ -1,0 +1,158 @@
+"""Write one safetensors shard, piece by piece and atomically. Floor 9.
+
+The header comes first, so shapes must be known before data: a shard is laid out from its specs, and pieces of any
+tensor may then arrive in turn. The file gets its name only when every byte is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import byte_view, read_bytes
+from .header import DTYPES, read_header
+
+PARTIAL = ".partial"
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be written. dtype: safetensors' code."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class ShardWriter:
+    """Writes the tensors of one shard; a context manager. Leaving it by an exception leaves only `<name>.partial`.
+
+    Tensors are ordered by element size, largest first, so that every one is aligned; the bytes depend on the specs
+    alone, never on the order in which pieces arrive.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+        self.path = path
+        ordered = sorted(specs, key=lambda s: -DTYPES[s.dtype].itemsize)
+        entries: dict[str, Any] = {"__metadata__": _METADATA}
+        offset = 0
+        for spec in ordered:
+            end = offset + spec.nbytes
+            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+            offset = end
+        if len(entries) != len(ordered) + 1:
+            raise CheckpointError(f"{path}: a tensor name appears twice")
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
+        self._left = {s.name: s.nbytes for s in ordered}
+        self._hash = {s.name: hashlib.sha256() for s in ordered}
+        self.size = len(self._head) + offset
+        self._fd = -1
+
+    def __enter__(self) -> ShardWriter:
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        _pwrite(self._fd, self._head, 0)
+        return self
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL)
+
+    def write(self, name: str, piece: Tensor) -> None:
+        """Append the bytes of `piece` (any dtype, contiguous) to the tensor `name`."""
+        data = byte_view(piece.contiguous())
+        if len(data) > self._left[name]:
+            raise CheckpointError(f"{self.path}: {name}: {len(data)} bytes for the last {self._left[name]}")
+        _pwrite(self._fd, data, self._at[name])
+        self._hash[name].update(data)
+        self._at[name] += len(data)
+        self._left[name] -= len(data)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if missing := [name for name, left in self._left.items() if left]:
+                    raise CheckpointError(f"{self.path}: {missing[0]}: {self._left[missing[0]]} bytes were not written")
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+        if kind is None:
+            self._temporary.replace(self.path)
+            sync_folder(self.path.parent)
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every tensor's bytes, and of the header under "" """
+        return {"": hashlib.sha256(self._head).hexdigest()} | {n: h.hexdigest() for n, h in self._hash.items()}
+
+
+def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
+def shard_hashes(path: Path) -> dict[str, str]:
+    """`ShardWriter.hashes` of a file that is there, from its bytes. Raises CheckpointError for a damaged header."""
+    tensors = read_header(path).tensors
+    with path.open("rb") as f:
+        head = f.read(8)
+        head += f.read(int.from_bytes(head, "little"))
+    found = {"": hashlib.sha256(head).hexdigest()}
+    for info in tensors:
+        digest = hashlib.sha256()
+        for begin in range(0, info.nbytes, 1 << 24):
+            digest.update(byte_view(read_bytes(info, begin, min(begin + (1 << 24), info.nbytes))))
+        found[info.name] = digest.hexdigest()
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file, atomically and durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut, where the file system can."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+def index_of(shards: Iterable[tuple[str, Sequence[Spec]]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json`."""
+    weight_map, total = {}, 0
+    for file, specs in shards:
+        for spec in specs:
+            weight_map[spec.name] = file
+            total += spec.nbytes
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,0 +1,372 @@
+"""What is stored is decided from the headers; a config that says otherwise is an error that shows both."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockscale.checkpoint import open_checkpoint
+from blockscale.checkpoint.config import parse_config
+from blockscale.errors import CheckpointError
+from makers import make_deepseek_v3, make_deepseek_v4, make_minimax_m2, make_qwen3_moe
+
+BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+UE8M0 = BLOCK | {"scale_fmt": "ue8m0"}
+FP8 = torch.float8_e4m3fn
+E8M0 = torch.float8_e8m0fnu
+
+
+def write(path, tensors, quantization=None, **config):
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / "model.safetensors")
+    config |= {"quantization_config": quantization} if quantization else {}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def layer(tmp_path, data, scale, quantization, name="weight_scale_inv", **more):
+    tensors = {"m.weight": data, f"m.{name}": scale} | {f"m.{n}": t for n, t in more.items()}
+    return open_checkpoint(write(tmp_path / "c", tensors, quantization)).layers[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "formats"),
+    [
+        (make_deepseek_v3, {}, {("fp8_128x128", "F32"): 72}),
+        (make_deepseek_v3, {"ue8m0": True, "ragged_k": True}, {("fp8_128x128_ue8m0", "F32"): 72}),
+        (make_deepseek_v3, {"v32": True, "mtp": False}, {("fp8_128x128_ue8m0", "F32"): 44}),
+        (make_deepseek_v4, {}, {("fp8_128x128_ue8m0", "F8_E8M0"): 44, ("mxfp4", "F8_E8M0"): 120}),
+        (make_deepseek_v4, {"experts": "fp8", "compressor_fp8": True}, {("fp8_128x128_ue8m0", "F32"): 174}),
+        (
+            make_deepseek_v4,
+            {"experts": "nvfp4"},
+            {("fp8_128x128_ue8m0", "F8_E8M0"): 44, ("mxfp4", "F8_E8M0"): 24, ("nvfp4", "F8_E4M3"): 96},
+        ),
+        (
+            make_deepseek_v4,
+            {"block": 32, "nested": True, "mtp": False},
+            {("fp8_32x32_ue8m0", "F8_E8M0"): 34, ("mxfp4", "F8_E8M0"): 96},
+        ),
+        (make_qwen3_moe, {"intermediate": 192}, {("fp8_128x128", "BF16"): 56}),
+        (make_minimax_m2, {}, {("fp8_128x128", "F32"): 56}),
+    ],
+    ids=["v3", "v31", "v32", "v4", "v4-base", "v4-nvfp4", "v41", "qwen3-ragged", "minimax"],
+)
+def test_every_model_is_read_as_stored(tmp_path, make, options, formats):
+    checkpoint = open_checkpoint(make(tmp_path / "c", shards=2, **options))
+    found = {}
+    for stored in checkpoint.layers:
+        key = (stored.format.name, stored.scale_dtype)
+        found[key] = found.get(key, 0) + 1
+    assert found == formats
+    for stored in checkpoint.layers[:: len(checkpoint.layers) // 8]:
+        q = checkpoint.load(stored.name)
+        raw = load_file(stored.file)[stored.parts.data]
+        assert q.shape == stored.shape
+        assert torch.equal(q.data.view(torch.uint8), raw.view(torch.uint8))
+
+
+def test_ragged_layers_are_marked(tmp_path):
+    checkpoint = open_checkpoint(make_deepseek_v3(tmp_path / "c"))
+    kv = checkpoint.layer("model.layers.0.self_attn.kv_a_proj_with_mqa")
+    assert (kv.shape, kv.ragged) == ((576, 256), True)
+    assert not checkpoint.layer("model.layers.0.self_attn.o_proj.weight").ragged
+    assert checkpoint.layer("model.norm") is None
+
+
+@pytest.mark.parametrize(
+    ("data", "scale", "name", "quantization", "more", "fmt"),
+    [
+        ((4, 8), torch.ones(()), "weight_scale", None, {}, "fp8_tensor"),
+        ((4, 8), torch.ones(4, 1), "weight_scale", None, {}, "fp8_row"),
+        ((4, 8), torch.ones(4), "weight_scale", None, {}, "fp8_row"),
+        ((4, 64), torch.ones(4, 2, dtype=torch.uint8) * 127, "weight_scale", None, {}, "mxfp8"),
+        (
+            (200, 300),
+            torch.ones(2, 1, 3, 1),
+            "weight_scale",
+            {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+            {},
+            "fp8_128x128",
+        ),
+        (
+            (4, 8),
+            torch.ones(4, 1, dtype=torch.bfloat16),
+            "weight_scale",
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+            },
+            {},
+            "fp8_row",
+        ),
+        ((4, 8), torch.ones(1, 1), "weight_scale_inv", BLOCK, {"input_scale": torch.ones(())}, "fp8_128x128"),
+    ],
+    ids=["tensor", "row", "row-1d", "mxfp8", "pb_wo", "channel", "static"],
+)
+def test_other_dialects(tmp_path, data, scale, name, quantization, more, fmt):
+    stored = layer(tmp_path, torch.ones(data).to(FP8), scale, quantization, name, **more)
+    assert stored.format.name == fmt
+    q = open_checkpoint(tmp_path / "c").load("m")
+    assert q.scale.shape == stored.format.scale_shape(*data)
+    assert (q.input_scale is not None) == bool(more)
+
+
+def test_inverse_global_scales_of_compressed_tensors(tmp_path):
+    tensors = {
+        "m.weight_packed": torch.zeros(4, 16, dtype=torch.uint8),
+        "m.weight_scale": torch.ones(4, 2).to(FP8),
+        "m.weight_global_scale": torch.tensor([4.0]),
+        "m.input_global_scale": torch.tensor([8.0]),
+    }
+    q = open_checkpoint(write(tmp_path / "c", tensors)).load("m")
+    assert (q.format.name, q.shape, float(q.global_scale), float(q.input_scale)) == ("nvfp4", (4, 32), 0.25, 0.125)
+
+
+def test_stacked_experts(tmp_path):
+    tensors = {
+        "e.gate_up_proj": torch.ones(3, 200, 128).to(FP8),
+        "e.gate_up_proj_scale_inv": torch.ones(3, 2, 1),
+    }
+    stored = open_checkpoint(write(tmp_path / "c", tensors, BLOCK)).layers[0]
+    assert (stored.name, stored.shape, stored.format.name) == ("e.gate_up_proj", (3, 200, 128), "fp8_128x128")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "config", "says"),
+    [
+        ({"m.weight": torch.ones(4, 8).to(FP8)}, BLOCK, {}, "m.weight F8_E4M3 [4, 8]: has no scale, needs m.weight_sc"),
+        (
+            {"m.weight": torch.ones(200, 256).to(FP8), "m.weight_scale_inv": torch.ones(1, 2)},
+            BLOCK,
+            {},
+            "fp8_128x128 needs scale [2, 2]; config and tensors disagree",
+        ),
+        (
+            {"m.weight": torch.ones(256, 256).to(FP8), "m.weight_scale_inv": torch.ones(2, 2)},
+            BLOCK | {"weight_block_size": [64, 64]},
+            {},
+            "m.weight_scale_inv F32 [2, 2]: fp8_64x64 needs scale [4, 4]; config and tensors disagree",
+        ),
+        (
+            {"m.weight": torch.ones(256, 256).to(FP8), "m.weight_scale_inv": torch.ones(2, 2)},
+            None,
+            {},
+            "cannot tell the block size of m.weight_scale_inv F32 [2, 2]: no quantization_config",
+        ),
+        ({"m.weight": torch.ones(4, 8), "m.weight_scale_inv": torch.ones(1, 1)}, BLOCK, {}, "is not quantized, yet"),
+        ({"m.weight_scale_inv": torch.ones(1, 1)}, BLOCK, {}, "a scale without its weight (m.weight)"),
+        (
+            {"m.weight": torch.ones(4, 64, dtype=torch.int8), "m.scale": torch.ones(4, 4).to(E8M0)},
+            UE8M0,
+            {"expert_dtype": "fp8"},
+            "stored is mxfp4, the config allows fp8_128x128",
+        ),
+        (
+            {"m.weight": torch.ones(4, 64, dtype=torch.int8), "m.scale": torch.ones(4, 3).to(E8M0)},
+            UE8M0,
+            {},
+            "mxfp4 of [4, 128] needs scale [4, 4], got m.scale F8_E8M0 [4, 3]",
+        ),
+        (
+            {"m.weight": torch.ones(4, 64, dtype=torch.uint8), "m.weight_scale": torch.ones(4, 8).to(FP8)},
+            None,
+            {},
+            "nvfp4 needs a global scale",
+        ),
+        (
+            {"m.weight": torch.ones(4, 8).to(torch.float8_e5m2), "m.weight_scale_inv": torch.ones(1, 1)},
+            BLOCK,
+            {},
+            "data is fp8e5m2, the config allows fp8_128x128",
+        ),
+    ],
+)
+def test_contradictions(tmp_path, tensors, quantization, config, says):
+    path = write(tmp_path / "c", tensors, quantization, **config)
+    with pytest.raises(CheckpointError) as e:
+        open_checkpoint(path)
+    assert says in str(e.value)
+    assert "model.safetensors" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "quantization", "says"),
+    [
+        (torch.full((1, 1), torch.nan), BLOCK, "m.weight_scale_inv: scales must be finite and not negative, got nan"),
+        (torch.full((1, 1), torch.inf), BLOCK, "got inf at [0, 0]"),
+        (torch.full((1, 1), -1.0), BLOCK, "got -1 at [0, 0]"),
+        (torch.full((1, 1), 255, dtype=torch.uint8).view(E8M0), UE8M0, "got nan"),
+        (torch.full((1, 1), 0.3), UE8M0, "needs powers of two, got 0.3 at [0, 0]"),
+    ],
+)
+def test_bad_scales_fail_when_loaded(tmp_path, scale, quantization, says):
+    path = write(tmp_path / "c", {"m.weight": torch.ones(4, 8).to(FP8), "m.weight_scale_inv": scale}, quantization)
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(CheckpointError) as e:
+        checkpoint.load("m")
+    assert says in str(e.value)
+
+
+def test_e8m0_ends_are_exact(tmp_path):
+    scale = torch.tensor([[0, 254]], dtype=torch.uint8).view(E8M0)
+    path = write(tmp_path / "c", {"m.weight": torch.ones(4, 256).to(FP8), "m.scale": scale}, UE8M0)
+    q = open_checkpoint(path).load("m.weight")
+    assert q.scale.view(torch.uint8).tolist() == [[0, 254]]
+
+
+# -- folders ------------------------------------------------------------------------------------------------------
+
+
+def two_shards(path):
+    path.mkdir()
+    save_file({"a": torch.ones(2)}, path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(2)}, path / "model-00002-of-00002.safetensors")
+    return path
+
+
+def index(path, weight_map):
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ({"a": "model-00001-of-00002.safetensors", "b": "model-00003.safetensors"}, "missing shard"),
+        ({"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}, "c: the index says"),
+        ({"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}, "a: the index says"),
+        ({"a": "../secret.safetensors"}, "is not the plain name"),
+        ({"a": "/etc/passwd"}, "is not the plain name"),
+        ({"a": "sub/x.safetensors"}, "is not the plain name"),
+        ({"a": "x\0.safetensors"}, "is not the plain name"),
+        ({"a": "config.json"}, "is not the plain name"),
+        ({"a": ""}, "is not the plain name"),
+        ({"a": 3}, "weight_map needs"),
+        ([], "weight_map needs"),
+        (None, "weight_map needs"),
+    ],
+)
+def test_index_tricks(tmp_path, weight_map, says):
+    path = index(two_shards(tmp_path / "c"), weight_map)
+    with pytest.raises(CheckpointError) as e:
+        open_checkpoint(path)
+    assert says in str(e.value)
+
+
+def test_a_tensor_missing_from_the_index(tmp_path):
+    path = two_shards(tmp_path / "c")
+    save_file({"a": torch.ones(2), "x": torch.ones(1)}, path / "model-00001-of-00002.safetensors")
+    index(path, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match="x: in the shard, but not in"):
+        open_checkpoint(path)
+
+
+def test_shards_without_an_index(tmp_path):
+    path = two_shards(tmp_path / "c")
+    assert list(open_checkpoint(path).tensors) == ["a", "b"]
+    (path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="says 2 shards, found 1"):
+        open_checkpoint(path)
+
+
+def test_links_out_of_the_tree(tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    save_file({"a": torch.ones(2)}, outside)
+    path = tmp_path / "c"
+    path.mkdir()
+    (path / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="a link that leaves the checkpoint"):
+        open_checkpoint(path)
+
+
+def test_links_of_the_hugging_face_cache(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, blobs / "1234")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
+    assert list(open_checkpoint(snapshot).tensors) == ["a"]
+
+
+def test_pickles_are_never_read(tmp_path):
+    path = tmp_path / "c"
+    path.mkdir()
+    (path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle file, which is never read"):
+        open_checkpoint(path)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        open_checkpoint(tmp_path / "nothing")
+
+
+def test_writing_to_a_loaded_tensor_leaves_the_file(tmp_path):
+    path = write(tmp_path / "c", {"a": torch.ones(4)})
+    before = (path / "model.safetensors").read_bytes()
+    open_checkpoint(path).load("a").fill_(7)
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_odd_alignment_is_read(raw_file, tmp_path):
+    header = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [3, 7]},
+    }
+    path = raw_file(header, bytes([1, 2, 3]) + torch.tensor([2.5]).numpy().tobytes())
+    assert open_checkpoint(path).load("b").tolist() == [2.5]
+
+
+# -- configs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'gptq' is not block-scaled floats"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size needs two positive integers"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size needs two positive integers"),
+        ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "quant_algo 'INT4_AWQ' is not known"),
+        ({"quant_method": "compressed-tensors"}, "needs config_groups"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"type": "int", "num_bits": 4, "group_size": 128}}},
+            },
+            "4-bit int with strategy None",
+        ),
+        ({"quant_method": "fp8", "modules_to_not_convert": [1]}, "skip list needs strings"),
+        (["fp8"], "needs a JSON object"),
+    ],
+)
+def test_configs_that_are_refused(raw, says):
+    with pytest.raises(CheckpointError) as e:
+        parse_config(raw, "config.json: quantization_config")
+    assert says in str(e.value)
+    assert "config.json" in str(e.value)
+
+
+def test_both_skip_lists():
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        assert parse_config({"quant_method": "fp8", key: ["lm_head"]}, "x").skip == ("lm_head",)
+
+
+def test_mixed_modelopt_layers():
+    raw = {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"a": {"quant_algo": "NVFP4"}, "b": {"quant_algo": "FP8"}},
+    }
+    config = parse_config(raw, "x")
+    assert [f.name for f in config.formats("a.q_proj")] == ["nvfp4"]
+    assert [f.name for f in config.formats("b")] == ["fp8_tensor"]
+
+
+def test_copies_of_a_checkpoint_are_the_same(tmp_path):
+    path = make_deepseek_v3(tmp_path / "c", mtp=False)
+    shutil.copytree(path, tmp_path / "d")
+    a, b = open_checkpoint(path), open_checkpoint(tmp_path / "d")
+    assert [(x.name, x.format, x.shape) for x in a.layers] == [(x.name, x.format, x.shape) for x in b.layers]
