@@ -5,6 +5,7 @@ Memory and registers of an sm_90 SM: 227 KiB of shared memory for one program, 6
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 SHARED_BYTES = 232448
@@ -32,6 +33,9 @@ class Wide:
     unroll: int = 4
     parts: int = 1
     pdl: bool = True
+
+    def __str__(self) -> str:
+        return f"wide-{self.bn}-u{self.unroll}-p{self.parts}{'' if self.pdl else '-nopdl'}"
 
     @property
     def pieces(self) -> int:
@@ -96,6 +100,9 @@ class Swap:
     per_sm: int = 1
     pdl: bool = True
 
+    def __str__(self) -> str:
+        return f"swap-{self.tokens}-g{self.groups}-k{self.split}-x{self.per_sm}{'' if self.pdl else '-nopdl'}"
+
     @property
     def unroll(self) -> int:
         """k-blocks between two points where the tensor cores run dry; limited by the registers that it keeps alive."""
@@ -129,3 +136,14 @@ class Swap:
 
 
 Config = Wide | Swap
+_TEXT = re.compile(r"(wide)-(\d+)-u(\d+)-p(\d+)(-nopdl)?|(swap)-(\d+)-g(\d+)-k(\d+)-x(\d+)(-nopdl)?")
+
+
+def parse(text: str) -> Config:
+    """Read what `str(config)` wrote: "wide-128-u8-p1", "swap-16-g1-k4-x2"."""
+    match = _TEXT.fullmatch(text)
+    if not match:
+        raise ValueError(f"configuration: got {text!r}, need e.g. 'wide-128-u8-p1' or 'swap-16-g1-k4-x2'")
+    if match[1]:
+        return Wide(int(match[2]), int(match[3]), int(match[4]), pdl=not match[5])
+    return Swap(int(match[7]), int(match[8]), int(match[9]), int(match[10]), pdl=not match[11])

@@ -77,3 +77,9 @@ def _graph_tickets(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, device=device, dtype=torch.int32)
     _of_graphs[device.index] = (stock, used + -(-count // 32) * 32)
     return stock[used : used + count]
+
+
+def release_graph_tickets() -> None:
+    """Take back the counters of all captured graphs. Only when none of them will be replayed again."""
+    for device, (stock, _) in _of_graphs.items():
+        _of_graphs[device] = (stock, 0)

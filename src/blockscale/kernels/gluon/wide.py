@@ -400,7 +400,7 @@ def launch(
     grid = wide_grid(config, m, n, sm_count)
     if grid.cut_tiles:
         workspace = torch.empty(grid.dealt * 2 * 128 * config.bn, device=x.device, dtype=torch.float32)
-        tickets = take_tickets(x.device, 2 * config.tiles(m, n))
+        tickets = take_tickets(x.device, 2 * (config.tiles(m, n) - grid.full_waves * grid.programs))
     else:
         workspace, tickets = w_scale, w_scale  # unused
     arguments = (
