@@ -1,0 +1,77 @@
+"""Device functions shared by the Hopper kernels. Gluon code: it runs on the GPU only, never imported by `__init__`.
+
+Vocabulary: a *k-block* is the 128 elements of K that share one activation scale; its partial products come out of
+one wgmma and are *promoted*, that is multiplied by both scales and added to the fp32 accumulators (the two-level
+sum of the DeepSeek-V3 report, section 3.3.2). A *stage* is the shared memory that one k-block's operands occupy.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+# triton 3.7 renamed it
+partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next stage of the ring; the barrier's phase flips when the ring wraps."""
+    stage += 1
+    wrap = stage == STAGES
+    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def fma_in_order(acc, partial, scale):
+    """`acc + partial * scale`, volatile: LLVM would sink plain FMAs below the next wgmma, which keeps one more set of
+    accumulators alive and spills."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [partial, scale, acc], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def promote_rows(acc, partial, scale):
+    """`acc[m, n] += partial[m, n] * scale[m]`."""
+    wide, _ = gl.broadcast(gl.expand_dims(scale, 1), partial)
+    return fma_in_order(acc, partial, wide)
+
+
+@gluon.jit
+def promote_cols(acc, partial, scale):
+    """`acc[n, m] += partial[n, m] * scale[m]`."""
+    wide, _ = gl.broadcast(gl.expand_dims(scale, 0), partial)
+    return fma_in_order(acc, partial, wide)
+
+
+@gluon.jit
+def weight_scale(boxes, slot, index, layout: gl.constexpr):
+    """The weight scale of flat index `index`, from the box that TMA put into `slot`.
+
+    boxes: one element per index, 32 a slot. A TMA box starts at a multiple of 16 bytes, so the element is
+    `index % 4` of its box.
+    """
+    return boxes.index(slot * 32 + (index & 3)).load(layout)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(full, empty): the producer's bytes complete `full`, one arrival of each consumer completes `empty`."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
+def partial_offsets(ROWS: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr):
+    """Where each element of a `[64, COLS]` wgmma accumulator lies in its workspace tile: threads of a warp adjacent."""
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    col = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
+    register = (((row >> 3) & 1) * (COLS // 8) + (col >> 3)) * 2 + (col & 1)
+    thread = (row >> 4) * 32 + (row & 7) * 4 + ((col >> 1) & 3)
+    return register * 128 + thread

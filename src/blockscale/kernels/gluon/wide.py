@@ -1,0 +1,433 @@
+"""The wide GEMM for sm_90: tokens are wgmma's M. For more tokens than a decode step has.
+
+    y[m, n] = sum over k-blocks of  x_scale[m, kb] * w_scale[n // 128, kb] * (x[m, kb] . w[n, kb])  (+ bias[n])
+
+A program owns one SM. One warp drives TMA for everything that a k-block needs: the tile of x, that of w, and both
+kinds of scales, all completing on one mbarrier, so consumers never wait for a global load. Two consumer warpgroups own
+64 rows each of a 128-row tile.
+
+Tiles are walked persistently. With STREAM_K the tiles of the last, partial wave are cut along K into equal ranges,
+one a program; a tile that a boundary cuts is finished by the last program to arrive, which adds the partial tiles in
+program order: same bytes whoever that is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .config import Wide, ceil_div, wide_grid
+from .device import advance, make_barriers, partial_offsets, partition_barrier, promote_rows, weight_scale
+from .launch import Launch, flat, matrix, take_tickets
+
+BM: gl.constexpr = gl.constexpr(128)
+"""Rows of a tile: two warpgroups of 64."""
+GROUP: gl.constexpr = gl.constexpr(8)
+"""Tile rows walked together, so that a wave's tiles share operands in L2."""
+
+
+@gluon.jit
+def _tile_origin(tile, num_m, num_n, BN: gl.constexpr):
+    """First row and column of a tile: groups of GROUP tile rows; inside a group along M first, then N."""
+    per_group = GROUP * num_n
+    group = tile // per_group
+    first = group * GROUP
+    rows = gl.minimum(num_m - first, GROUP)
+    rest = tile % per_group
+    return (first + rest % rows) * BM, rest // rows * BN
+
+
+@gluon.jit
+def _first_unit(program, num_tiles, num_kb, full_waves, dealt):
+    """Where a program's range of units starts; a unit is one k-block of a cut tile, dealt to `dealt` programs."""
+    units = (num_tiles - full_waves * gl.num_programs(0)) * num_kb
+    return gl.minimum(program, dealt) * units // dealt
+
+
+@gluon.jit
+def _owner(unit, num_tiles, num_kb, full_waves, dealt):
+    """The program that `unit` is dealt to."""
+    units = (num_tiles - full_waves * gl.num_programs(0)) * num_kb
+    return ((unit + 1) * dealt - 1) // units
+
+
+@gluon.jit
+def _segments(num_tiles, num_kb, full_waves, dealt, STREAM_K: gl.constexpr):
+    """Of this program: (segments, how many of them lie in cut tiles, first unit, end unit)."""
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if STREAM_K:
+        u0 = _first_unit(pid, num_tiles, num_kb, full_waves, dealt)
+        u1 = _first_unit(pid + 1, num_tiles, num_kb, full_waves, dealt)
+        cut = gl.where(u1 > u0, (u1 - 1) // num_kb - u0 // num_kb + 1, 0)
+        return cut + full_waves, cut, u0, u1
+    else:
+        return (num_tiles - pid + programs - 1) // programs, 0, 0, 0
+
+
+@gluon.jit
+def _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K: gl.constexpr):
+    """(tile, first k-block, end k-block) of a program's i-th segment. Cut tiles come first: their sums finish early."""
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if STREAM_K:
+        t = u0 // num_kb + i
+        is_cut = i < cut
+        kb0 = gl.where(is_cut, gl.maximum(u0 - t * num_kb, 0), 0)
+        kb1 = gl.where(is_cut, gl.minimum(u1 - t * num_kb, num_kb), num_kb)
+        tile = gl.where(is_cut, full_waves * programs + t, (i - cut) * programs + pid)
+        return tile, kb0, kb1
+    else:
+        return pid + i * programs, 0, num_kb
+
+
+@gluon.jit
+def _producer(
+    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n, num_kb,
+    full_waves, dealt, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them."""
+    W: gl.constexpr = w_desc.block_type.shape[0]
+    BYTES: gl.constexpr = (
+        x_desc.block_type.nbytes
+        + PIECES * w_desc.block_type.nbytes
+        + xs_desc.block_type.nbytes
+        + SCALE_ROWS * ws_desc.block_type.nbytes
+    )
+    count, cut, u0, u1 = _segments(num_m * num_n, num_kb, full_waves, dealt, STREAM_K)
+    stage = 0
+    phase = 1
+    for i in range(count):
+        tile, kb0, kb1 = _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K)
+        m, n = _tile_origin(tile, num_m, num_n, W * PIECES)
+        for kb in range(kb0, kb1):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(x_desc, [m, kb * 128], bar, x_bufs.index(stage))
+            for p in gl.static_range(PIECES):
+                tma.async_copy_global_to_shared(w_desc, [n + p * W, kb * 128], bar, w_bufs.index(stage * PIECES + p))
+            tma.async_copy_global_to_shared(xs_desc, [kb * xs_ld + m], bar, xs_bufs.index(stage))
+            for r in gl.static_range(SCALE_ROWS):
+                at = (n // 128 + r) * ws_ld + kb
+                tma.async_copy_global_to_shared(ws_desc, [at // 4 * 4], bar, ws_bufs.index(stage * SCALE_ROWS + r))
+            stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _shared_mma(x_bufs, w_bufs, stage, partial, ROW: gl.constexpr):
+    """Start one k-block's products of 64 rows, both operands from shared memory."""
+    x = x_bufs.index(stage).slice(ROW, 64)
+    return warpgroup_mma(x, w_bufs.index(stage).permute((1, 0)), partial, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _blocks_from_shared(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ROW: gl.constexpr, U: gl.constexpr,
+    STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """U k-blocks of a one-piece tile, both operands from shared memory. at: flat index of the first weight scale.
+
+    Two sets of partial products alternate: one is promoted while the tensor cores work on the other. Nothing is in
+    flight when the function returns: a wgmma across a loop's back edge makes ptxas serialise all of them (C7514).
+    """
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    acc = accs[0]
+    mbarrier.wait(full.index(stage), phase)
+    spare = gl.zeros(acc.shape, gl.float32, layout=mma)
+    busy = _shared_mma(x_bufs, w_bufs, stage, spare, ROW)
+    scale = xs_bufs.index(stage).slice(ROW, 64).load(rows) * weight_scale(ws_boxes, stage, at, rows)
+    held = stage
+    stage, phase = advance(stage, phase, STAGES)
+    for j in gl.static_range(1, U):
+        mbarrier.wait(full.index(stage), phase)
+        started = _shared_mma(x_bufs, w_bufs, stage, spare, ROW)
+        started_scale = xs_bufs.index(stage).slice(ROW, 64).load(rows) * weight_scale(ws_boxes, stage, at + j, rows)
+        spare = warpgroup_mma_wait(1, deps=(busy,))
+        mbarrier.arrive(empty.index(held), count=1)
+        acc = promote_rows(acc, spare, scale)
+        busy = started
+        scale = started_scale
+        held = stage
+        stage, phase = advance(stage, phase, STAGES)
+    done = warpgroup_mma_wait(0, deps=(busy,))
+    mbarrier.arrive(empty.index(held), count=1)
+    acc = promote_rows(acc, done, scale)
+    return (acc,), stage, phase
+
+
+@gluon.jit
+def _zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """A tuple of empty accumulators."""
+    out = ()
+    for _ in gl.static_range(COUNT):
+        out = out + (gl.zeros((64, COLS), gl.float32, layout=mma),)
+    return out
+
+
+@gluon.jit
+def _plus(accs, part):
+    """Add one program's partial tile, pieces one after another in the workspace."""
+    out = ()
+    for p in gl.static_range(len(accs)):
+        out = out + (accs[p] + gl.load(part + p * (64 * accs[p].shape[1]), cache_modifier=".cg"),)
+    return out
+
+
+@gluon.jit
+def _put(items, at: gl.constexpr, item):
+    """The tuple `items` with another item at `at`."""
+    out = ()
+    for i in gl.static_range(len(items)):
+        if i == at:
+            out = out + (item,)
+        else:
+            out = out + (items[i],)
+    return out
+
+
+@gluon.jit
+def _blocks_from_registers(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, ROW: gl.constexpr,
+    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """U k-blocks of a tile of several 64-wide pieces, x from registers: read once from shared memory for all pieces.
+
+    odd: the tile starts in the middle of a 128-wide scale block.
+    """
+    PIECES: gl.constexpr = len(accs)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
+    spare = gl.zeros((64, 64), gl.float32, layout=mma)
+    held = stage
+    busy = spare
+    scale = gl.zeros((64,), gl.float32, layout=rows)
+    for j in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_bufs.index(stage).slice(ROW, 64).load(operand)
+        for p in gl.static_range(PIECES):
+            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
+            started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
+            if p == 0:
+                x_scale = xs_bufs.index(stage).slice(ROW, 64).load(rows)
+                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, rows)
+                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, rows)
+            if p == 0:
+                if j > 0:
+                    spare = warpgroup_mma_wait(1, deps=(busy,))
+                    mbarrier.arrive(empty.index(held), count=1)
+                    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
+            else:
+                spare = warpgroup_mma_wait(1, deps=(busy,))
+                accs = _put(accs, p - 1, promote_rows(accs[p - 1], spare, scale))
+            busy = started
+            # the tile's columns cross into the second scale block after 128 of them, 64 when it starts at an odd 64
+            if p == 0:
+                scale = scale_lo
+            elif p == 1:
+                scale = gl.where(odd, scale_hi, scale_lo)
+            else:
+                scale = scale_hi
+        held = stage
+        stage, phase = advance(stage, phase, STAGES)
+    spare = warpgroup_mma_wait(0, deps=(busy,))
+    mbarrier.arrive(empty.index(held), count=1)
+    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
+    return accs, stage, phase
+
+
+@gluon.jit
+def _blocks(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, ROW: gl.constexpr,
+    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """U k-blocks of a tile. at: flat index of the first weight scale."""
+    if len(accs) > 1:
+        return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                                      odd, ROW, U, STAGES, mma)  # fmt: skip
+    else:
+        return _blocks_from_shared(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ROW, U,
+                                   STAGES, mma)  # fmt: skip
+
+
+@gluon.jit
+def _store(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, HAS_BIAS: gl.constexpr):
+    """Round one `[64, W]` piece of y to its dtype and send it off by TMA, which drops what lies past M and N."""
+    if HAS_BIAS:
+        col = n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
+        bias = gl.load(bias_ptr + col, mask=col < N, other=0.0).to(gl.float32)
+        acc += gl.expand_dims(bias, 0)
+    staging = y_bufs.index(slot)
+    tma.store_wait(0)
+    staging.store(acc.to(y_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(y_desc, [m, n], staging)
+
+
+@gluon.jit
+def _store_halves(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, HAS_BIAS: gl.constexpr):
+    """A 128-wide tile in two steps through a 64-wide staging buffer: the memory saved is one more stage."""
+    lo, hi = acc.reshape((64, 2, 64)).permute((0, 2, 1)).split()
+    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
+    _store(gl.convert_layout(lo, half), y_desc, y_bufs, slot, bias_ptr, m, n, N, HAS_BIAS)
+    _store(gl.convert_layout(hi, half), y_desc, y_bufs, slot, bias_ptr, m, n + 64, N, HAS_BIAS)
+
+
+@gluon.jit
+def _is_last(ticket, parts):
+    """Whether this warpgroup is the last of a cut tile's `parts` to arrive. What it wrote before is visible then."""
+    partition_barrier()
+    last = gl.atomic_add(ticket, 1) == parts - 1
+    if last:
+        gl.store(ticket, 0)  # as it was found: the next launch starts from zero
+    return last
+
+
+@gluon.jit
+def _consumer(
+    y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
+    num_n, num_kb, full_waves, dealt, WG: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
+    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile."""
+    P: gl.constexpr = w_bufs.shape[1]
+    BN: gl.constexpr = P * PIECES
+    ROW: gl.constexpr = WG * 64
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 32])
+    num_tiles = num_m * num_n
+    count, cut, u0, u1 = _segments(num_tiles, num_kb, full_waves, dealt, STREAM_K)
+    stage = 0
+    phase = 0
+    for i in range(count):
+        tile, kb0, kb1 = _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K)
+        m, n = _tile_origin(tile, num_m, num_n, BN)
+        m += ROW
+        at = n // 128 * ws_ld + kb0
+        odd = n % 128 != 0
+        accs = _zeros(PIECES, P, mma)
+        chunks = (kb1 - kb0) // U
+        for c in range(chunks):
+            accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                         at + c * U, ws_ld, odd, ROW, U, STAGES, mma)  # fmt: skip
+        for kb in range(kb0 + chunks * U, kb1):
+            accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                         at + kb - kb0, ws_ld, odd, ROW, 1, STAGES, mma)  # fmt: skip
+        whole = True
+        if STREAM_K:
+            if kb1 - kb0 < num_kb:
+                # every program has two slots: 0 for the tile that its range starts in, 1 for the one it ends in
+                t = u0 // num_kb + i
+                first = _owner(t * num_kb, num_tiles, num_kb, full_waves, dealt)
+                last = _owner((t + 1) * num_kb - 1, num_tiles, num_kb, full_waves, dealt)
+                offsets = partial_offsets(64, P, mma)
+                slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * 2 + WG
+                for p in gl.static_range(PIECES):
+                    gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
+                whole = _is_last(tickets + t * 2 + WG, last - first + 1)
+                if whole:
+                    accs = _zeros(PIECES, P, mma)
+                    for q in range(first, last + 1):
+                        ends_here = _first_unit(q, num_tiles, num_kb, full_waves, dealt) // num_kb != t
+                        slot_q = (2 * q + gl.where(ends_here, 1, 0)) * 2 + WG
+                        accs = _plus(accs, workspace + slot_q * (PIECES * 64 * P) + offsets)
+        if whole:
+            for p in gl.static_range(PIECES):
+                if P > y_desc.block_type.shape[1]:
+                    _store_halves(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n, N, HAS_BIAS)
+                else:
+                    _store(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n + p * P, N, HAS_BIAS)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_kb", "full_waves", "dealt"])
+def wide_kernel(
+    x_desc, w_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_kb, full_waves,
+    dealt, PIECES: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, STREAM_K: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales as flat fp32; y [M, N].
+
+    full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
+    """
+    P: gl.constexpr = w_desc.block_type.shape[0]
+    SCALE_ROWS: gl.constexpr = 2 if PIECES > 1 else 1
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PIECES, P, 128], w_desc.layout)
+    xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], xs_desc.layout)
+    ws_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * SCALE_ROWS, 32], ws_desc.layout)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2, 64, y_desc.block_type.shape[1]], y_desc.layout)
+    one_by_one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ws_boxes = ws_bufs._reinterpret(gl.float32, [STAGES * SCALE_ROWS * 32, 1], one_by_one)
+    full, empty = make_barriers(STAGES, 2)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    num_m = (M + BM - 1) // BM
+    num_n = (N + P * PIECES - 1) // (P * PIECES)
+    gl.warp_specialize(
+        [
+            (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                         ws_ld, N, num_m, num_n, num_kb, full_waves, dealt, 0, PIECES, STAGES, U, STREAM_K, HAS_BIAS)),
+            (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                         ws_ld, N, num_m, num_n, num_kb, full_waves, dealt, 1, PIECES, STAGES, U, STREAM_K, HAS_BIAS)),
+            (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
+                         num_m, num_n, num_kb, full_waves, dealt, PIECES, SCALE_ROWS, STAGES, STREAM_K)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
+    )  # fmt: skip
+
+
+def launch(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Wide, sm_count: int
+) -> Launch:
+    """Arguments of one launch.
+
+    x: e4m3 [M, K]; x_scale: fp32 [ceil(K / 128), round_up(M, 4)], the storage of column-major scales.
+    w: e4m3 [N, K]; w_scale: fp32 [ceil(N / 128), ceil(K / 128)]. y: [M, N], rows at multiples of 16 bytes.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    grid = wide_grid(config, m, n, sm_count)
+    if grid.cut_tiles:
+        workspace = torch.empty(grid.dealt * 2 * 128 * config.bn, device=x.device, dtype=torch.float32)
+        tickets = take_tickets(x.device, 2 * (config.tiles(m, n) - grid.full_waves * grid.programs))
+    else:
+        workspace, tickets = w_scale, w_scale  # unused
+    arguments = (
+        matrix(x, 128, 128),
+        matrix(w, config.piece, 128),
+        flat(x_scale, 128),
+        flat(w_scale, 32),
+        matrix(y, 64, config.staging),
+        w_scale if bias is None else bias,
+        workspace,
+        tickets,
+        x_scale.stride(0),
+        w_scale.stride(0),
+        m,
+        n,
+        ceil_div(k, 128),
+        grid.full_waves,
+        max(grid.dealt, 1),
+    )
+    constants = {
+        "PIECES": config.pieces,
+        "STAGES": config.stages(y.element_size()),
+        "U": config.unroll,
+        "STREAM_K": grid.cut_tiles,
+        "HAS_BIAS": bias is not None,
+        "PDL": config.pdl,
+        "CONSUMER_REGISTERS": 240,
+    }
+    options = {"num_warps": 4, "maxnreg": 168, "launch_pdl": config.pdl}
+    return Launch(wide_kernel, grid.programs, arguments, constants, options)
