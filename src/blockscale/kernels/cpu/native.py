@@ -57,7 +57,9 @@ def library() -> Any:
         raise BlockscaleError(f"cpu.native: {PATH.name} is not built; install a C++ compiler and reinstall blockscale")
     lib = ctypes.CDLL(str(PATH))
     if lib.blockscale_abi() != ABI:
-        raise BlockscaleError(f"cpu.native: {PATH.name} has ABI {lib.blockscale_abi()}, need {ABI}; reinstall blockscale")
+        raise BlockscaleError(
+            f"cpu.native: {PATH.name} has ABI {lib.blockscale_abi()}, need {ABI}; reinstall blockscale"
+        )
     lib.blockscale_isa.restype = ctypes.c_char_p
     wanted = detect("cpu").value("cpu-native") or lib.blockscale_isa().decode()
     if lib.blockscale_use(wanted.encode()) != 0:
