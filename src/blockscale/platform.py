@@ -6,12 +6,14 @@ machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not her
 
 from __future__ import annotations
 
+import os
 import platform as _host
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
+from pathlib import Path
 
 import torch
 
@@ -93,7 +95,7 @@ def detect(device: torch.device | str = "cpu") -> Platform:
     device = torch.device(device)
     versions = [("torch", torch.__version__.split("+")[0]), *_packages()]
     if device.type == "cpu":
-        return Platform("cpu", _cpu_arch(), tuple(versions))
+        return Platform("cpu", _cpu_arch(), (*versions, *_cpu_native()))
     if device.type == "cuda":
         _require(torch.cuda.is_available(), device)
         properties = torch.cuda.get_device_properties(device)
@@ -132,6 +134,18 @@ def _cpu_arch() -> str:
     if capability == "avx2":
         return "avx2"
     return "neon" if _host.machine() in ("aarch64", "arm64") else _host.machine()
+
+
+def _cpu_native() -> list[tuple[str, str]]:
+    """The native CPU library where it was built, and the instruction set that it uses.
+
+    BLOCKSCALE_CPU_ISA="avx2" chooses a lower one than the processor's best.
+    """
+    if not (Path(__file__).parent / "kernels/cpu/_native.so").exists():
+        return []
+    arch = _cpu_arch()
+    best = arch if arch in ("avx512", "avx2", "neon") else {"x86_64": "sse2"}.get(arch, "generic")
+    return [("cpu-native", os.environ.get("BLOCKSCALE_CPU_ISA") or best)]
 
 
 def _xpu_arch(name: str) -> str:

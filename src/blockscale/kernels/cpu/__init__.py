@@ -1,4 +1,8 @@
-"""The fast paths of ordinary processors."""
+"""The fast paths of ordinary processors: a native library (`cpu.native`) and, without a compiler, torch (`cpu.slices`).
+
+The native kernels read weights as the checkpoint stores them, one byte each, and are exact but for the order of fp32
+sums. Their library is optional (`setup.py`); whether it is there is the platform's feature "cpu-native".
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,41 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ... import reference
+from ...formats import Format
+from ...layouts import convert
 from ...platform import Platform
 from ...registry import Problem
 from ...tensor import BlockScaled
-from . import slices
+from . import native, slices
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _common(problem: Problem, platform: Platform) -> Iterator[str]:
+    if platform.kind != "cpu":
+        yield f"runs on cpu, not on {platform.kind}"
+    for what, dtype in {"x": problem.x_dtype, "out": problem.out_dtype}.items():
+        if dtype not in _FLOATS:
+            yield f"{what} is {dtype}, needs float32, bfloat16 or float16"
+
+
+def _native(platform: Platform) -> Iterator[str]:
+    if platform.kind == "cpu" and not platform.has("cpu-native"):
+        yield "the native library is not built: install a C++ compiler (g++) and reinstall blockscale"
+
+
+def _weight(fmt: Format | None) -> Iterator[str]:
+    """What `native/linear.h` cannot read: a vector's elements must share scales evenly."""
+    if fmt is None or fmt.element.name not in native.ELEMENTS:
+        yield f"reads E4M3, E5M2 and FP4 weights, not {fmt}"
+    elif (cols := fmt.block[1]) is not None and cols % 64 and cols not in (4, 8, 16, 32):
+        yield f"block is {cols} columns wide, needs 4, 8, 16, 32 or a multiple of 64"
+
+
+def _activation(fmt: Format | None) -> Iterator[str]:
+    if fmt is not None and (fmt.packed or fmt.element.name not in native.ELEMENTS):
+        yield f"quantizes x to E4M3 or E5M2, not to {fmt}"
 
 
 class Slices:
@@ -24,16 +57,98 @@ class Slices:
     m_range = (1, None)
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
-        if platform.kind != "cpu":
-            yield f"runs on cpu, not on {platform.kind}"
+        yield from _common(problem, platform)
         if problem.format is None or problem.format.packed:
             yield f"reads FP8 weights, not {problem.format}"
-        for what, dtype in {"x": problem.x_dtype, "out": problem.out_dtype}.items():
-            if dtype not in _FLOATS:
-                yield f"{what} is {dtype}, needs float32, bfloat16 or float16"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
         return slices.linear(x, w, bias, problem.numerics, problem.out_dtype)
 
 
-KERNELS = [Slices()]
+class Linear:
+    """FP8, MXFP4 or NVFP4 weights, decoded in registers (M <= 4) or in cache; activations quantized as asked."""
+
+    name, op = "cpu.native", "linear"
+    layout = "row"
+    priority = 60
+    m_range = (1, None)
+
+    def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        yield from _common(problem, platform)
+        yield from _native(platform)
+        yield from _weight(problem.format)
+        yield from _activation(problem.activation_format)
+
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
+        return native.linear(problem, x, w, bias)
+
+
+class GroupedLinear(Linear):
+    """Experts, one after the other: only those that have rows are read."""
+
+    op = "grouped_linear"
+
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        return native.grouped_linear(problem, x, w, offsets)
+
+
+class Quantize:
+    """FP8 with any block, byte for byte the reference's."""
+
+    name, op = "cpu.native", "quantize"
+    layout = "any"
+    priority = 60
+    m_range = (1, None)
+
+    def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        yield from _common(problem, platform)
+        yield from _native(platform)
+        if problem.format is None or problem.format.element.name not in ("fp8", "fp8e5m2"):
+            yield f"quantizes to E4M3 and E5M2, not to {problem.format}"
+
+    def run(self, problem: Problem, x: Tensor, scale: Tensor | None, floor: float) -> BlockScaled:
+        return convert(native.quantize(problem, x, scale, floor), problem.layout)
+
+
+class SwigluQuantize(Quantize):
+    """`silu(gate) * up` in torch, whose exponential no other code matches to the bit, then the native quantize."""
+
+    op = "swiglu_quantize"
+
+    def run(  # type: ignore[override]
+        self, problem: Problem, gate_up: Tensor, limit: float | None, routing_weight: Tensor | None, floor: float
+    ) -> BlockScaled:
+        h = reference.swiglu(gate_up, limit, routing_weight)
+        return convert(native.quantize(problem, h, None, floor), problem.layout)
+
+
+class RmsnormQuantize(Quantize):
+    """The norm in torch, as defined, then the native quantize."""
+
+    op = "rmsnorm_quantize"
+
+    def run(  # type: ignore[override]
+        self, problem: Problem, x: Tensor, weight: Tensor, eps: float, floor: float
+    ) -> BlockScaled:
+        return convert(native.quantize(problem, reference.rmsnorm(x, weight, eps), None, floor), problem.layout)
+
+
+class DenseLinear:
+    """Unquantized weights and a few rows of x: lm_head and routers while decoding."""
+
+    name, op = "cpu.native", "dense_linear"
+    layout = "any"
+    priority = 60
+    m_range = (1, 4)
+
+    def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        yield from _common(problem, platform)
+        yield from _native(platform)
+        if problem.w_dtype not in _FLOATS:
+            yield f"weight is {problem.w_dtype}, needs float32, bfloat16 or float16"
+
+    def run(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return native.dense_linear(problem, x, weight, bias)
+
+
+KERNELS = [Linear(), Slices(), GroupedLinear(), Quantize(), SwigluQuantize(), RmsnormQuantize(), DenseLinear()]

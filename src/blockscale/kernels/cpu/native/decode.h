@@ -1,0 +1,70 @@
+// Stored elements to fp32, a vector of bytes at a time, in registers.
+//
+// A 32-bit lane holds E = 4 (FP8) or 8 (FP4) neighbouring elements. Decoding yields E vectors, the j-th with element j
+// of every lane. So the columns come out permuted inside a chunk of E * W elements; x is permuted the same way once
+// (prepare.h), and a dot product does not mind.
+//
+// The trick: an element's exponent and mantissa, put where fp32 keeps its own, are the element's value times a power of
+// two (kUnit undoes it), subnormals included. That needs no table and no conversion, three operations a vector.
+#pragma once
+#include "numbers.h"
+
+namespace BLOCKSCALE_ISA {
+
+struct E4M3 {
+  static constexpr int E = 4;
+  static constexpr float kUnit = 0x1p120f;  // bias 127 - 7
+  INLINE void decode(I v, F (&out)[E]) {
+    const I mask = splat((int32_t)0x87F00000);
+    I odd = bits<I>(bits<H>(v) >> 4);  // 16-bit lanes: bytes 1 and 3, shifted with their sign
+    I even = bits<I>((bits<H>(v) << 8) >> 4);
+    out[0] = bits<F>((even << 16) & mask);
+    out[1] = bits<F>((odd << 16) & mask);
+    out[2] = bits<F>(even & mask);
+    out[3] = bits<F>(odd & mask);
+  }
+  // Bytes that the trick gets wrong: 0x7F and 0xFF are NaN. Sets bit 7 of such a byte; OR them up, test once a row.
+  INLINE I special(I v) { return (v & 0x7F7F7F7F) + 0x01010101; }
+  static constexpr int32_t kSpecial = (int32_t)0x80808080;
+  INLINE float one(const uint8_t* row, int64_t i) { return from_e4m3(row[i]); }
+};
+
+struct E5M2 {
+  static constexpr int E = 4;
+  static constexpr float kUnit = 0x1p112f;  // bias 127 - 15
+  INLINE void decode(I v, F (&out)[E]) {
+    const I mask = splat((int32_t)0x8FE00000);
+    I odd = bits<I>(bits<H>(v) >> 3);
+    I even = bits<I>((bits<H>(v) << 8) >> 3);
+    out[0] = bits<F>((even << 16) & mask);
+    out[1] = bits<F>((odd << 16) & mask);
+    out[2] = bits<F>(even & mask);
+    out[3] = bits<F>(odd & mask);
+  }
+  INLINE I special(I v) { return (v & 0x7F7F7F7F) + 0x04040404; }  // 0x7C ... 0x7F: infinity and NaNs
+  static constexpr int32_t kSpecial = (int32_t)0x80808080;
+  INLINE float one(const uint8_t* row, int64_t i) { return from_e5m2(row[i]); }
+};
+
+struct E2M1 {  // two to a byte, the even column in the low nibble
+  static constexpr int E = 8;
+  static constexpr float kUnit = 0x1p126f;  // bias 127 - 1
+  INLINE void decode(I v, F (&out)[E]) {
+    const I mask = splat((int32_t)0x81C00000);
+    UNROLL for (int j = 0; j < E; j++) out[j] = bits<F>(((v << (28 - 4 * j)) >> 6) & mask);
+  }
+  INLINE I special(I) { return I{}; }
+  static constexpr int32_t kSpecial = 0;
+  INLINE float one(const uint8_t* row, int64_t i) {
+    constexpr float value[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    int code = row[i / 2] >> (i % 2 * 4) & 15;
+    return code & 8 ? -value[code & 7] : value[code];
+  }
+};
+
+template <class D>
+constexpr int kChunk = D::E * W;  // elements decoded at a time, from 4 * W bytes
+template <class D>
+INLINE int64_t bytes_of(int64_t elements) { return D::E == 8 ? (elements + 1) / 2 : elements; }
+
+}  // namespace BLOCKSCALE_ISA

@@ -1,0 +1,180 @@
+// fp32, bf16 or fp16 to FP8 with block scales: the bytes that blockscale/reference.py defines.
+//
+// Scale: amax / max of the block's finite values, an IEEE fp32 division, rounded as the rule says. Element:
+// round-to-nearest-even(clamp(x / scale)), again a true division. NaN and infinities become the code 0x7F.
+#pragma once
+#include <math.h>
+
+#include "numbers.h"
+#include "parallel.h"
+
+namespace BLOCKSCALE_ISA {
+
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+struct Bf16 { uint16_t u; };
+struct Fp16 { uint16_t u; };
+
+INLINE F widen(const float* p) { return load<F>(p); }
+INLINE F widen(const Bf16* p) { return bits<F>(__builtin_convertvector(load<Halves>(p), U) << 16); }
+INLINE F widen(const Fp16* p) {
+  U h = __builtin_convertvector(load<Halves>(p), U);
+  U magnitude = (h & 0x7FFF) << 13;
+  U value = bits<U>(bits<F>(magnitude) * 0x1p112f);
+  value = magnitude >= (31u << 23) ? magnitude | 0x7F800000u : value;
+  return bits<F>(value | (h & 0x8000) << 16);
+}
+template <class X>
+INLINE F widen_part(const X* p, int64_t count) {  // fewer than W numbers, zeros behind them
+  X part[W];
+  memset(part, 0, sizeof part);
+  memcpy(part, p, count * sizeof(X));
+  return widen(part);
+}
+
+// The finite magnitudes of v as integers: they order like the numbers, and infinities and NaNs become 0.
+INLINE I finite_bits(F v) {
+  I a = bits<I>(v) & 0x7FFFFFFF;
+  return a < 0x7F800000 ? a : I{};
+}
+INLINE I max(I a, I b) { return a > b ? a : b; }
+
+struct CodeE4M3 { static constexpr int kMantissa = 3, kBias = 7, kMaxExponent = 8; static constexpr float kMax = 448; };
+struct CodeE5M2 { static constexpr int kMantissa = 2, kBias = 15, kMaxExponent = 15; static constexpr float kMax = 57344; };
+
+// Codes of `v`, one a lane.
+template <class C>
+INLINE I encode(F v) {
+  constexpr int kShift = 23 - C::kMantissa;
+  constexpr int32_t kMagic = (127 + 24 - C::kBias - C::kMantissa) << 23;  // a float whose ulp is the subnormals' step
+  I b = bits<I>(v), magnitude = b & 0x7FFFFFFF;
+  I special = magnitude >= 0x7F800000;
+  I limit = splat(bits<int32_t>(C::kMax));
+  I a = magnitude < limit ? magnitude : limit;
+  I normal = ((a + ((1 << (kShift - 1)) - 1) + ((a >> kShift) & 1)) >> kShift) - ((127 - C::kBias) << C::kMantissa);
+  I small = bits<I>(bits<F>(a) + bits<F>(splat(kMagic))) - kMagic;
+  I code = a < ((128 - C::kBias) << 23) ? small : normal;
+  code |= bits<I>(bits<U>(b) >> 24) & 0x80;
+  return special ? splat(0x7F) : code;
+}
+
+// `v` rounded to the nearest E4M3 or E5M2 number; NaN for NaN and infinities.
+template <class C>
+INLINE F round_trip(F v) {
+  I code = encode<C>(v);
+  I body = code & 0x7F;
+  F value = bits<F>(((code & 0x80) << 24) | (body << (23 - C::kMantissa)));
+  value *= splat(bits<float>((uint32_t)(127 + 127 - C::kBias) << 23));
+  return body == 0x7F ? bits<F>(splat(0x7FC00000)) : value;
+}
+
+template <class C>
+INLINE float make_scale(float amax, const QuantizeRule& rule) {
+  amax = amax > rule.floor ? amax : rule.floor;
+  if (rule.rounding == kRoundNone) return amax / C::kMax;
+  int exponent;
+  if (rule.rounding == kRoundPow2Ceil) {
+    if (frexpf(amax / C::kMax, &exponent) == 0.5f) exponent--;
+  } else {
+    frexpf(amax, &exponent);
+    exponent -= 1 + C::kMaxExponent;
+  }
+  exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+  return ldexpf(1, exponent);
+}
+
+INLINE void store_scale(float scale, void* to, int32_t type, int64_t i) {
+  if (type == kE8M0) {
+    uint32_t u = bits<uint32_t>(scale);
+    ((uint8_t*)to)[i] = u == 0x00400000u ? 0 : (uint8_t)(u >> 23);
+  } else {
+    ((float*)to)[i] = scale;
+  }
+}
+
+template <class X>
+INLINE I amax_bits(const X* x, int64_t count, I so_far) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) so_far = max(so_far, finite_bits(widen(x + i)));
+  if (i < count) so_far = max(so_far, finite_bits(widen_part(x + i, count - i)));
+  return so_far;
+}
+
+template <class C, class X>
+INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
+  const F s = splat(scale);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(data + i, __builtin_convertvector(encode<C>(widen(x + i) / s), Bytes));
+  if (i < count) {
+    Bytes part = __builtin_convertvector(encode<C>(widen_part(x + i, count - i) / s), Bytes);
+    memcpy(data + i, &part, count - i);
+  }
+}
+
+// One block, rows [r0, r1) and columns [c0, c1).
+template <class C, class X>
+static void quantize_block(const QuantizeRule& rule, const QuantizeCall& call, int64_t r0, int64_t r1, int64_t c0,
+                           int64_t c1, int64_t grid_index) {
+  const X* x = (const X*)call.x;
+  float scale;
+  if (call.given) {
+    scale = call.given[grid_index];
+  } else {
+    I m = I{};
+    for (int64_t r = r0; r < r1; r++) m = amax_bits(x + r * call.cols + c0, c1 - c0, m);
+    scale = make_scale<C>(maximum(bits<F>(m)), rule);
+    store_scale(scale, call.scale, call.scale_type, grid_index);
+  }
+  for (int64_t r = r0; r < r1; r++)
+    encode_row<C>(x + r * call.cols + c0, c1 - c0, scale, call.data + r * call.cols + c0);
+}
+
+template <class C, class X>
+static void quantize_matrix(const QuantizeRule& rule, const QuantizeCall& call) {
+  const int64_t rows = call.rows, cols = call.cols;
+  const int64_t block_rows = rule.rows ? rule.rows : rows, block_cols = rule.group ? rule.group : cols;
+  const int64_t grid_cols = (cols + block_cols - 1) / block_cols;
+  const double work = 4.0 * rows * cols;
+  if (!rule.rows && !call.given && rows > 64 && grid_cols == 1) {  // one block for everything: share its rows out
+    int32_t* row_max = (int32_t*)malloc(rows * 4);
+    if (!row_max) abort();
+    parallel_for(rows, work, [&](int64_t r) {
+      row_max[r] = bits<int32_t>(maximum(bits<F>(amax_bits((const X*)call.x + r * cols, cols, I{}))));
+    });
+    DenormalGuard guard;
+    int32_t all = 0;
+    for (int64_t r = 0; r < rows; r++) all = row_max[r] > all ? row_max[r] : all;
+    free(row_max);
+    float scale = make_scale<C>(bits<float>(all), rule);
+    store_scale(scale, call.scale, call.scale_type, 0);
+    QuantizeCall rest = call;
+    rest.given = &scale;
+    QuantizeRule single = rule;
+    parallel_for(rows, work, [&](int64_t r) { quantize_block<C, X>(single, rest, r, r + 1, 0, cols, 0); });
+    return;
+  }
+  const int64_t strip = block_rows >= 16 ? 1 : 16 / block_rows;  // grid rows in a task
+  const int64_t grid_rows = (rows + block_rows - 1) / block_rows;
+  parallel_for((grid_rows + strip - 1) / strip, work, [&](int64_t task) {
+    for (int64_t g = task * strip; g < least(grid_rows, (task + 1) * strip); g++)
+      for (int64_t c = 0; c < grid_cols; c++)
+        quantize_block<C, X>(rule, call, g * block_rows, least(rows, (g + 1) * block_rows), c * block_cols,
+                             least(cols, (c + 1) * block_cols), g * grid_cols + c);
+  });
+}
+
+template <class C>
+static void quantize_as(const QuantizeRule& rule, const QuantizeCall& call) {
+  switch (call.x_type) {
+    case kFloat32: return quantize_matrix<C, float>(rule, call);
+    case kBFloat16: return quantize_matrix<C, Bf16>(rule, call);
+    default: return quantize_matrix<C, Fp16>(rule, call);
+  }
+}
+
+static void quantize(const QuantizeRule* rule, const QuantizeCall* call) {
+  rule->element == kElementE5M2 ? quantize_as<CodeE5M2>(*rule, *call) : quantize_as<CodeE4M3>(*rule, *call);
+}
+
+}  // namespace BLOCKSCALE_ISA

@@ -1,0 +1,93 @@
+// A thin vector trait over GCC's and Clang's vector extensions: the same source becomes SSE2, AVX2, AVX-512 or NEON.
+// The operators + * & << >> work lane by lane on these types, and `a * b + c` contracts to a fused multiply-add where
+// the instruction set has one. Only what the operators cannot say is written out below.
+//
+// Everything sits in a namespace of its own for each instruction set, and nothing comes from the C++ library: the
+// linker would otherwise be free to hand the AVX-512 copy of an inline function to the baseline.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace BLOCKSCALE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // fp32 lanes of a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef int16_t H __attribute__((vector_size(4 * W)));
+typedef float F4 __attribute__((vector_size(16)));
+
+template <class V, class T>
+INLINE V load(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+INLINE void store(T* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+INLINE F splat(float x) { return x - F{}; }
+INLINE I splat(int32_t x) { return x - I{}; }
+template <class To, class From>
+INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "bits: sizes differ");
+  To to;
+  memcpy(&to, &v, sizeof to);
+  return to;
+}
+INLINE F abs(F v) { return bits<F>(bits<I>(v) & 0x7FFFFFFF); }
+INLINE F min(F a, F b) { return a < b ? a : b; }
+INLINE F max(F a, F b) { return a > b ? a : b; }
+
+INLINE bool any(I v) {  // whether some bit is set
+  int32_t lane[W];
+  store(lane, v);
+  int32_t all = 0;
+  for (int i = 0; i < W; i++) all |= lane[i];
+  return all != 0;
+}
+
+INLINE F4 fold(F v) {  // W lanes to 4 by adding
+#if defined(__AVX512F__)
+  typedef float F8 __attribute__((vector_size(32)));
+  F8 h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
+#endif
+}
+INLINE float sum(F v) {
+  F4 f = fold(v);
+  return (f[0] + f[2]) + (f[1] + f[3]);
+}
+INLINE F4 sum4(F a, F b, F c, F d) {  // the sums of four vectors, side by side
+  F4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+  F4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  F4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+INLINE float maximum(F v) {
+  float lane[W], m = 0;
+  store(lane, v);
+  for (int i = 0; i < W; i++) m = lane[i] > m ? lane[i] : m;
+  return m;
+}
+
+INLINE int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace BLOCKSCALE_ISA
