@@ -11,6 +11,7 @@ PACK4: scale bytes of four groups share a word ("ue8m0x4").
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# ruff: noqa: SIM102, SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
