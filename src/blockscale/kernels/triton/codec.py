@@ -115,12 +115,6 @@ def pow2(exponent):
 
 
 @triton.jit
-def is_finite(x):
-    """fp32 -> whether it is neither NaN nor infinite."""
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-
-
-@triton.jit
 def _encode_fp8(
     x,
     BIAS: tl.constexpr,

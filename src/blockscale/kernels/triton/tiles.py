@@ -55,7 +55,7 @@ def load_operand(
     if EVEN_K:
         raw = tl.load(at)
     else:
-        raw = tl.load(at, mask=(k < k_end)[None, :], other=0)
+        raw = tl.load(at, mask=(k < k_end)[None, :], other=0.0 if KIND == "value" or KIND == "cast" else 0)
     if KIND == "value":
         tile = raw
     elif KIND == "cast":
