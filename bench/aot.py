@@ -187,32 +187,41 @@ def compile_case(target: str, kernel: str) -> dict[str, Any]:
             "spills": total, "launches": details}  # fmt: skip
 
 
-def row_of(target: str, kernel: str) -> dict[str, Any]:
+class Compiler:
     """`compile_case` in a process of its own, so that a compiler that hangs or aborts costs one row."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_report, args=(send, target, kernel))
-    child.start()
-    send.close()
-    row = {"target": target, "kernel": kernel, "compiled": False, "seconds": LIMIT_S, "native_instruction": None,
-           "spills": None, "error": f"over the limit of {LIMIT_S:g} s"}  # fmt: skip
-    if receive.poll(LIMIT_S):
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def row(self, target: str, kernel: str) -> dict[str, Any]:
+        """One row; where it failed, "error" says why and the process may be gone."""
+        row: dict[str, Any] = {"target": target, "kernel": kernel, "compiled": False, "seconds": LIMIT_S,
+                               "native_instruction": None, "spills": None}  # fmt: skip
+        self.pipe.send((target, kernel))
+        if not self.pipe.poll(LIMIT_S):
+            self.process.kill()
+            return {**row, "error": f"over the limit of {LIMIT_S:g} s"}
         try:
-            row = receive.recv()
+            return {**row, **self.pipe.recv()}
         except EOFError:
-            row["error"] = "the compiler aborted"
-    child.kill()
-    child.join()
-    return row
+            self.process.join()
+            return {**row, "error": "the compiler aborted"}
 
 
-def _report(send: Any, target: str, kernel: str) -> None:
-    try:
-        send.send(compile_case(target, kernel))
-    except Exception as e:
-        text = f"{type(e).__name__}: {str(e).strip()[-400:]}"
-        send.send({"target": target, "kernel": kernel, "compiled": False, "seconds": 0.0, "native_instruction": None,
-                   "spills": None, "error": text})  # fmt: skip
+def _serve(pipe: Any) -> None:
+    while True:
+        try:
+            target, kernel = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(compile_case(target, kernel))
+        except Exception as e:
+            pipe.send({"error": f"{type(e).__name__}: {str(e).strip()[-400:]}"})
 
 
 def faults(row: dict[str, Any]) -> list[str]:
@@ -237,10 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each compiled launch")
     chosen = parser.parse_args(argv)
-    rows, bad = [], 0
+    rows, bad, compiler = [], 0, Compiler()
     for target in chosen.target or TARGETS:
         for kernel in chosen.kernel or CASES:
-            row = row_of(target, kernel)
+            if not compiler.process.is_alive():
+                compiler = Compiler()
+            row = compiler.row(target, kernel)
             wrong = faults(row)
             bad += bool(wrong)
             rows.append(row)

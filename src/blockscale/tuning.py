@@ -76,11 +76,13 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
     ("sm_80", "decoded"): (128, 128, 64, 8, 3),
-    ("sm_75", "*"): (64, 64, 32, 4, 2),
+    ("sm_75", "weight_only"): (64, 32, 32, 8, 2),
+    ("sm_75", "*"): (64, 64, 32, 8, 2),
     ("cdna", "*"): (128, 128, 64, 8, 2),
     ("rdna", "*"): (64, 64, 64, 4, 2),
     ("xpu", "*"): (64, 128, 32, 16, 2),
     ("*", "native"): (128, 128, 128, 8, 2),
+    ("*", "codec"): (128, 128, 32, 8, 3),
     ("*", "*"): (128, 128, 64, 8, 2),
 }
 # (family, path) -> bn, bk, warps, stages, swap for up to SMALL_M rows; bm is M rounded up.
@@ -90,7 +92,7 @@ _SMALL: dict[tuple[str, str], tuple[int, int, int, int, bool]] = {
     ("sm_90", "codec"): (64, 128, 4, 4, True),
     ("sm_90", "weight_only"): (64, 128, 4, 4, True),
     ("sm_100", "*"): (64, 128, 4, 4, False),
-    ("sm_75", "*"): (64, 64, 4, 2, False),
+    ("sm_75", "*"): (64, 32, 8, 2, False),
     ("cdna", "*"): (64, 128, 4, 2, False),
     ("rdna", "*"): (64, 64, 4, 2, False),
     ("xpu", "*"): (64, 32, 8, 2, False),

@@ -8,6 +8,7 @@ Sources: OCP OFP8 1.0 (E4M3, E5M2), OCP MX 1.0 (E2M1, E8M0); E4M3FNUZ as in LLVM
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# ruff: noqa: SIM108, SIM300, RUF005 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
@@ -39,8 +40,8 @@ def decode(byte, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     A float's exponent and mantissa, moved to the same place of a wider float, are the same number times a power of
     two, subnormals included: one multiplication repairs the bias.
     """
-    tl.static_assert(tl.float16 == DTYPE or tl.bfloat16 == DTYPE or tl.float32 == DTYPE, "decode to fp16, bf16 or fp32")
-    if tl.bfloat16 == DTYPE:
+    tl.static_assert(DTYPE == tl.float16 or DTYPE == tl.bfloat16 or DTYPE == tl.float32, "decode to fp16, bf16 or fp32")
+    if DTYPE == tl.bfloat16:
         value = _decode_bf16(byte, ELEMENT)
     else:
         value = _decode_fp16(byte, ELEMENT).to(DTYPE)
@@ -111,12 +112,6 @@ def pow2(exponent):
     """int32 in -127 … 127 -> 2^exponent, fp32."""
     bits = tl.where(exponent == -127, 0x00400000, (exponent + 127) << 23)
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def is_finite(x):
-    """fp32 -> whether it is neither NaN nor infinite."""
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit

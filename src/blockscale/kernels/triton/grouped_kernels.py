@@ -7,6 +7,7 @@ expert `ids[p]`, for batches so small that sorting them would cost more than rea
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton

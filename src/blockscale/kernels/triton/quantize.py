@@ -60,7 +60,7 @@ def quantize(
             kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
             kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
                 x, _codes(data, how), _bytes(scales), parts, parts.numel(), rows, cols, x.stride(0), data.stride(0),
-                0, 0, rows, cols, floor, **how, STATIC=False, PARTS=_PARTS, C=1024,
+                0, 0, rows, cols, floor, **how, DIVIDE=_divide(platform, floor), STATIC=False, PARTS=_PARTS, C=1024,
             )  # fmt: skip
         else:
             br, bc = fmt.block_shape(rows, cols)
@@ -68,7 +68,7 @@ def quantize(
             grid = fmt.scale_shape(rows, cols)
             kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
-                floor, **how, PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
+                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -120,7 +120,7 @@ def rmsnorm_quantize(
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor), PACK4=pack4, G=min(tile, _pow2(padded_groups)), C=_pow2(group),
+            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group), G=min(tile, _pow2(padded_groups)), C=_pow2(group),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -157,7 +157,7 @@ def _groups(
             data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
             tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
             WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-            TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group), num_warps=tile.warps,
+            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group), num_warps=tile.warps,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 
@@ -171,7 +171,7 @@ def _static(x: Tensor, fmt: Format, scale: Tensor, platform: Platform) -> BlockS
     with on_device(x):
         kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
             x, _codes(data, how), _bytes(scale), x, 0, rows, cols, x.stride(0), data.stride(0), *scale.stride(),
-            br, bc, 0.0, **how, STATIC=True, PARTS=1, C=1024,
+            br, bc, 0.0, **how, DIVIDE="ieee", STATIC=True, PARTS=1, C=1024,
         )  # fmt: skip
     return BlockScaled.trusted(data, scale, fmt, "row", (rows, cols))
 
@@ -230,6 +230,10 @@ def _how(fmt: Format, rounding: ScaleRounding, layout: str, platform: Platform) 
 def _divide(platform: Platform, floor: float) -> str:
     """Markstein's division needs scales far above underflow: a floor of 2^-70 makes them at least 2^-79."""
     return "fma" if capability.fused_multiply_add(platform) and floor >= 2.0**-70 else "ieee"
+
+
+def _even(cols: int, group: int) -> bool:
+    return cols % group == 0 and group == _pow2(group)
 
 
 def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:

@@ -11,51 +11,78 @@ PACK4: scale bytes of four groups share a word ("ue8m0x4").
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# ruff: noqa: SIM102, SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_scale, encode, fn_to_fnuz, is_finite, pack_fp4, pow2, pow2_exponent
+from .codec import decode, decode_scale, encode, fn_to_fnuz, pack_fp4, pow2, pow2_exponent
+
+
+@triton.jit
+def finite_or_nan(x):
+    """fp32 with infinities made NaN, everything else as it was, -0 too: one instruction (inf * 0 is NaN)."""
+    return tl.fma(x, 0.0, x)
+
+
+@triton.jit
+def magnitude(x):
+    """|x|, 0 for NaN."""
+    return tl.maximum(tl.abs(x), 0.0)
 
 
 @triton.jit
 def divide(x, scale, DIVIDE: tl.constexpr):
-    """`x / scale`, correctly rounded: x [R, G, C], scale [R, G] fp32.
+    """`x / scale`, correctly rounded, of tensors of one shape, or with a scalar constant as `scale`.
 
     "fma" is Markstein's correction of x * (1 / scale): exact as long as nothing underflows, and with scales above
     2^-80 (`quantize.py` checks the floor) only quotients far below the smallest code do. Signs are arranged so that
     -0 stays -0.
     """
     if DIVIDE == "fma":
-        reciprocal = tl.div_rn(1.0, scale)[:, :, None]
+        reciprocal = tl.div_rn(1.0, scale)
         quotient = x * reciprocal
-        excess = tl.fma(quotient, tl.broadcast_to(scale[:, :, None], x.shape), x * -1.0)
-        quotient = tl.fma(excess, tl.broadcast_to(reciprocal * -1.0, x.shape), quotient)
+        excess = tl.fma(quotient, scale, x * -1.0)
+        quotient = tl.fma(excess, reciprocal * -1.0, quotient)
     else:
-        quotient = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
+        quotient = tl.div_rn(x, scale)
     return quotient
 
 
 @triton.jit
-def store_codes(ptr, scaled, finite, mask, ELEMENT: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr):
-    """Encode fp32 `scaled` (any shape but FP4) and store it at `ptr`; not `finite` becomes NaN."""
-    if OUT == "native":
-        clamped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
-        code = tl.where(finite, clamped, float("nan")).to(ptr.dtype.element_ty)
+def divide_groups(x, scale, DIVIDE: tl.constexpr):
+    """`x / scale`, correctly rounded: x [R, G, C], scale [R, G] fp32; the reciprocal is taken once a group."""
+    wide = tl.broadcast_to(scale[:, :, None], x.shape)
+    if DIVIDE == "fma":
+        reciprocal = tl.div_rn(1.0, scale)
+        negative = tl.broadcast_to((reciprocal * -1.0)[:, :, None], x.shape)
+        quotient = x * reciprocal[:, :, None]
+        excess = tl.fma(quotient, wide, x * -1.0)
+        quotient = tl.fma(excess, negative, quotient)
     else:
-        code = encode(tl.where(finite, scaled, float("nan")), ELEMENT)
+        quotient = tl.div_rn(x, wide)
+    return quotient
+
+
+@triton.jit
+def store_codes(ptr, scaled, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """Encode fp32 `scaled` (any shape but FP4, NaN for what was not finite) and store it at `ptr`."""
+    if OUT == "native":
+        code = scaled.to(ptr.dtype.element_ty)  # saturates, and gives NaN its one code
+    else:
+        code = encode(scaled, ELEMENT)
         if OUT == "fnuz":
             code = fn_to_fnuz(code)
     tl.store(ptr, code, mask=mask)
 
 
 @triton.jit
-def scale_of(amax, floor, LIMIT: tl.constexpr, ROUNDING: tl.constexpr, MAX_EXPONENT: tl.constexpr):
+def scale_of(amax, floor, LIMIT: tl.constexpr, ROUNDING: tl.constexpr, MAX_EXPONENT: tl.constexpr, DIVIDE: tl.constexpr):
     """Scale of blocks with this amax, fp32 (formats with one level of scales)."""
     amax = tl.maximum(amax, floor)
     if ROUNDING == "none":
-        scale = tl.div_rn(amax, LIMIT)
+        scale = divide(amax, tl.full(amax.shape, LIMIT, tl.float32), DIVIDE)
     else:
         scale = pow2(pow2_exponent(amax, LIMIT, ROUNDING, MAX_EXPONENT))
     return scale
@@ -71,6 +98,17 @@ def stored_scale(scale, SCALE_KIND: tl.constexpr, OUT: tl.constexpr):
     else:
         stored = scale
     return stored
+
+
+@triton.jit
+def inside(r, g, c, rows, cols, groups, GROUP: tl.constexpr, EVEN: tl.constexpr):
+    """Mask [R, G, C] of elements that exist. EVEN: all groups are whole and a power of two wide."""
+    if EVEN:
+        mask = (r < rows)[:, None, None] & (g < groups)[None, :, None] & (c < GROUP)[None, None, :]
+    else:
+        col = g[None, :, None] * GROUP + c[None, None, :]
+        mask = (r < rows)[:, None, None] & (col < cols) & (c < GROUP)[None, None, :]
+    return mask
 
 
 @triton.jit
@@ -100,23 +138,24 @@ def quantize_groups(
     OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside."""
-    finite = is_finite(x)
-    amax = tl.max(tl.where(finite, tl.abs(x), 0.0), axis=2)
+    x = finite_or_nan(x)
+    amax = tl.max(magnitude(x), axis=2)
     if ELEMENT == "fp4":
-        whole = tl.min(finite.to(tl.int32), axis=2) != 0  # FP4 has no NaN: the block's scale says it
+        whole = tl.min((x == x).to(tl.int32), axis=2) != 0  # FP4 has no NaN: the block's scale says it
     if SCALE_KIND == "e4m3":
         level = tl.load(level_ptr)
         ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, LIMIT), level), 448.0)
         stored = tl.where(whole, encode(ratio, "fp8"), 0x7F).to(tl.uint8)
         step = decode(stored, "fp8", tl.float32) * level
-        scaled = tl.where((step > 0)[:, :, None], divide(x, step, "ieee"), 0.0)
+        scaled = tl.where((step > 0)[:, :, None], divide_groups(x, step, "ieee"), 0.0)
     else:
-        scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT)
+        scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT, DIVIDE)
         stored = stored_scale(scale, SCALE_KIND, OUT)
         if ROUNDING == "none":
-            scaled = divide(x, scale, DIVIDE)
+            scaled = divide_groups(x, scale, DIVIDE)
         else:
             scaled = x * tl.div_rn(1.0, scale)[:, :, None]  # a power of two: exact
         if ELEMENT == "fp4":
@@ -127,11 +166,10 @@ def quantize_groups(
     if ELEMENT == "fp4":
         byte = pack_fp4(encode(tl.where(whole[:, :, None], scaled, 0.0), "fp4"))
         half = g[None, :, None] * (GROUP // 2) + tl.arange(0, c.shape[0] // 2)[None, None, :]
-        inside = (tl.arange(0, c.shape[0] // 2) < GROUP // 2)[None, None, :]
-        tl.store(q_ptr + row * q_row + half, byte, mask=(row < rows) & (half < cols // 2) & inside)
+        within = (tl.arange(0, c.shape[0] // 2) < GROUP // 2)[None, None, :]
+        tl.store(q_ptr + row * q_row + half, byte, mask=(row < rows) & (half < cols // 2) & within)
     else:
-        mask = (row < rows) & (col < cols) & (c < GROUP)[None, None, :]
-        store_codes(q_ptr + row * q_row + col, scaled, finite, mask, ELEMENT, LIMIT, OUT)
+        store_codes(q_ptr + row * q_row + col, scaled, inside(r, g, c, rows, cols, groups, GROUP, EVEN), ELEMENT, OUT)
 
     real = (r < rows)[:, None] & (g < groups)[None, :]
     stored = tl.where(real, stored, 0).to(stored.dtype)
@@ -174,6 +212,7 @@ def group_kernel(
     OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
+    EVEN: tl.constexpr,
     TICKETS: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
@@ -195,7 +234,7 @@ def group_kernel(
                 tl.store(ticket_ptr + t, tl.zeros([TICKETS], tl.int32), mask=t < tickets)
     col = g[None, :, None] * GROUP + c[None, None, :]
     row = r.to(tl.int64)[:, None, None]
-    mask = (row < rows) & (col < cols) & (c < GROUP)[None, None, :]
+    mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
     x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
     if SWIGLU:
         up = tl.load(x_ptr + row * x_row + cols + col, mask=mask, other=0.0).to(tl.float32)
@@ -210,7 +249,7 @@ def group_kernel(
         x = tl.where(mask, x, 0.0)
     quantize_groups(
         x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, level_ptr,
-        GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4,
+        GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
     )  # fmt: skip
 
 
@@ -240,6 +279,7 @@ def rmsnorm_kernel(
     OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
+    EVEN: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -251,7 +291,7 @@ def rmsnorm_kernel(
     for first in range(0, groups, G):
         g = first + tl.arange(0, G)
         col = g[None, :, None] * GROUP + c[None, None, :]
-        mask = (row < rows) & (col < cols) & (c < GROUP)[None, None, :]
+        mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
         x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
         total += x * x
     mean = tl.sum(tl.sum(total, axis=2), axis=1)[:, None, None] / cols
@@ -259,13 +299,13 @@ def rmsnorm_kernel(
     for first in range(0, padded_groups, G):
         g = first + tl.arange(0, G)
         col = g[None, :, None] * GROUP + c[None, None, :]
-        mask = (row < rows) & (col < cols) & (c < GROUP)[None, None, :]
+        mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
         x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + col, mask=(col < cols) & (c < GROUP)[None, None, :], other=0.0)
         x = (x * inverse * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         quantize_groups(
             x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, s_ptr,
-            GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4,
+            GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
         )  # fmt: skip
 
 
@@ -289,6 +329,7 @@ def block_kernel(
     MAX_EXPONENT: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     OUT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -305,8 +346,8 @@ def block_kernel(
         for c0 in range(block_c * block_cols, last_c, C):
             c = c0 + tl.arange(0, C)[None, :]
             x = tl.load(x_ptr + r * x_row + c, mask=(r < last_r) & (c < last_c), other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.max(tl.where(is_finite(x), tl.abs(x), 0.0), axis=1), axis=0))
-    scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT)
+            amax = tl.maximum(amax, tl.max(tl.max(magnitude(finite_or_nan(x)), axis=1), axis=0))
+    scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT, "ieee")
     if PACK4:
         at = (block_c // 4 * s_g + block_r) * 4 + block_c % 4
     else:
@@ -318,8 +359,8 @@ def block_kernel(
             c = c0 + tl.arange(0, C)[None, :]
             mask = (r < last_r) & (c < last_c)
             x = tl.load(x_ptr + r * x_row + c, mask=mask, other=0.0).to(tl.float32)
-            scaled = tl.div_rn(x, tl.zeros([R, C], tl.float32) + scale)
-            store_codes(q_ptr + r * q_row + c, scaled, is_finite(x), mask, ELEMENT, LIMIT, OUT)
+            scaled = divide(finite_or_nan(x), tl.zeros([R, C], tl.float32) + scale, DIVIDE)
+            store_codes(q_ptr + r * q_row + c, scaled, mask, ELEMENT, OUT)
 
 
 @triton.jit
@@ -331,7 +372,7 @@ def amax_kernel(x_ptr, part_ptr, rows, cols, x_row, C: tl.constexpr):
             c = c0 + tl.arange(0, C)
             at = (tl.zeros([C], tl.int64) + row) * x_row + c
             x = tl.load(x_ptr + at, mask=c < cols, other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, tl.where(is_finite(x), tl.abs(x), 0.0))
+            amax = tl.maximum(amax, magnitude(finite_or_nan(x)))
     tl.store(part_ptr + tl.program_id(0), tl.max(amax, axis=0))
 
 
@@ -365,6 +406,7 @@ def tensor_kernel(
     MAX_EXPONENT: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     OUT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     STATIC: tl.constexpr,
     PARTS: tl.constexpr,
     C: tl.constexpr,
@@ -381,8 +423,8 @@ def tensor_kernel(
     else:
         i = tl.arange(0, PARTS)
         amax = tl.max(tl.load(part_ptr + i, mask=i < parts, other=0.0), axis=0)
-        single = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT)
+        single = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT, "ieee")
         if tl.program_id(0) == 0:
             tl.store(s_ptr, stored_scale(single, SCALE_KIND, OUT))
         scale = tl.zeros([C], tl.float32) + single
-    store_codes(q_ptr + row * q_row + c, tl.div_rn(x, scale), is_finite(x), mask, ELEMENT, LIMIT, OUT)
+    store_codes(q_ptr + row * q_row + c, divide(finite_or_nan(x), scale, DIVIDE), mask, ELEMENT, OUT)

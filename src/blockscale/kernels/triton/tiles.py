@@ -14,6 +14,7 @@ SWAP: weight rows take the M side of the matrix instruction, for few tokens on c
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# ruff: noqa: SIM108, SIM300 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
@@ -54,7 +55,7 @@ def load_operand(
     if EVEN_K:
         raw = tl.load(at)
     else:
-        raw = tl.load(at, mask=(k < k_end)[None, :], other=0)
+        raw = tl.load(at, mask=(k < k_end)[None, :], other=0.0 if KIND == "value" or KIND == "cast" else 0)
     if KIND == "value":
         tile = raw
     elif KIND == "cast":
@@ -133,7 +134,7 @@ def accumulate(
             k0 = step // STEPS * SPAN + step % STEPS * BK
             k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
         # Not every target multiplies in bf16, so what is folded for it is still fp32 then.
-        FOLD: tl.constexpr = tl.float32 if tl.bfloat16 == COMPUTE else COMPUTE
+        FOLD: tl.constexpr = tl.float32 if COMPUTE == tl.bfloat16 else COMPUTE
         x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, FOLD if X_SCALE == "fold" else COMPUTE, BK, EVEN_K)
         w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, FOLD if W_SCALE == "fold" else COMPUTE, BK, EVEN_K)
         if X_SCALE == "fold":

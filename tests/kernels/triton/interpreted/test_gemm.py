@@ -1,0 +1,123 @@
+"""Dense multiplication against the fp64 reference: worst row, poisoned memory, and faults that must show."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blockscale import layouts, reference
+from blockscale.conformance import Case, check
+from blockscale.formats import get_format
+from blockscale.kernels.triton import KERNELS, gemm
+from blockscale.numerics import get_numerics
+from blockscale.tuning import gemm_tile
+
+F16, F32 = torch.float16, torch.float32
+EXACT = 3e-7
+"""fp32 sums of a few hundred products, relative to the row."""
+
+
+def worst_row(y, want):
+    assert torch.isfinite(y).all()
+    return float(((y.double() - want.double()).norm(dim=1) / want.double().norm(dim=1)).max())
+
+
+FORMATS = [
+    ("fp8_128x128", "checkpoint", F16), ("fp8_128x128_ue8m0", "deepseek_v4", F16), ("fp8_128x128", "weight_only", F32),
+    ("fp8_32x32_ue8m0", "deepseek_v4_1", F16), ("fp8_48x80", "checkpoint", F16), ("fp8_row", "checkpoint", F32),
+    ("fp8_tensor", "checkpoint", F32), ("fp8e5m2_128x128", "checkpoint", F32), ("fp8fnuz_128x128", "checkpoint", F32),
+    ("mxfp8", "checkpoint", F32), ("mxfp4", "checkpoint", F32), ("mxfp4", "deepseek_v4", F32), ("mxfp4", "weight_only", F16),
+    ("nvfp4", "checkpoint", F32), ("nvfp4", "weight_only", F16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS)
+@pytest.mark.parametrize("shape", [(3, 72, 304), (70, 40, 160)], ids=str)
+def test_formats(name, policy, dtype, shape, platform, g):
+    m, n, k = shape
+    numerics = get_numerics(policy)
+    w = reference.quantize(torch.randn(n, k, generator=g), get_format(name))
+    x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
+    y = gemm.linear(x, w, bias, numerics, F32, platform)
+    assert worst_row(y, reference.linear(x.float(), w, bias, numerics=numerics)) < EXACT
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("split", [1, 3])
+def test_split_and_swap(swap, split, platform, g):
+    w = reference.quantize(torch.randn(72, 640, generator=g), get_format("fp8_128x128"))
+    x = torch.randn(5, 640, generator=g)
+    tile = replace(gemm_tile("codec", 5, 72, 640, 128, platform), split=split, swap=swap, bn=32)
+    xq = reference.quantize(x, get_format("fp8_1x128"))
+    tickets = torch.zeros(3, dtype=torch.int32)
+    y = gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile, tickets=tickets)
+    assert worst_row(y, reference.matmul(xq, w)) < EXACT
+    assert tickets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("layout", ["row", "col_scales", "tma"])
+def test_layouts_of_x(layout, platform, g):
+    xq = reference.quantize(torch.randn(5, 200, generator=g), get_format("fp8_1x128"))
+    w = reference.quantize(torch.randn(40, 200, generator=g), get_format("fp8_128x128"))
+    y = gemm.matmul(layouts.convert(xq, layout), w, platform, out_dtype=F32)
+    assert worst_row(y, reference.matmul(xq, w)) < EXACT
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "weight_only"])
+def test_fnuz_weights_keep_the_numerics_of_the_checkpoint(policy, platform, g):
+    """Re-encoded weights and activations: half the value, twice the scale, -0 and NaN codes elsewhere."""
+    numerics = get_numerics(policy)
+    w = reference.quantize(torch.randn(40, 256, generator=g), get_format("fp8_128x128"))
+    w.data.view(torch.uint8)[:, ::5] = 0x80
+    x = torch.randn(5, 256, generator=g)
+    x[:, 3] = -0.0
+    y = gemm.linear(x, layouts.convert(w, "fnuz"), None, numerics, F32, platform)
+    assert worst_row(y, reference.linear(x, w, numerics=numerics)) < EXACT
+    x[2, 7] = torch.inf
+    y = gemm.linear(x, layouts.convert(w, "fnuz"), None, get_numerics("checkpoint"), F32, platform)
+    assert y[2].isnan().all()
+    assert torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+def test_a_row_has_the_same_bytes_in_every_batch_where_that_was_ordered(platform, g):
+    numerics = get_numerics("checkpoint")
+    w = reference.quantize(torch.randn(40, 640, generator=g), get_format("fp8_128x128"))
+    x = torch.randn(70, 640, generator=g)
+    rows = [gemm.linear(x[:m], w, None, numerics, F32, platform, invariant=True)[0] for m in (1, 16, 70)]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+def test_bytes_decoded_beforehand_give_the_same_result(platform, g, monkeypatch):
+    w = reference.quantize(torch.randn(40, 256, generator=g), get_format("fp8_128x128"))
+    xq = reference.quantize(torch.randn(5, 256, generator=g), get_format("fp8_1x128"))
+    tile = gemm_tile("decoded", 100, 40, 256, 128, platform)
+    assert gemm.reading(xq, w, platform).path == "codec"
+    assert gemm.reading(xq, w, platform, decode_first=True).path == "decoded"
+    in_the_loop = gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile)
+    monkeypatch.setattr(gemm, "DECODE_FIRST", 1)
+    assert torch.equal(gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile), in_the_loop)
+
+
+CONFORMANCE = [
+    Case("linear", "fp8_128x128", 5, 130, 384, F32, edge=e)
+    for e in ("bias", "zero_row", "tiny", "large", "nan_row", "all_codes", "strided")
+] + [
+    Case("linear", "fp8_32x32_ue8m0", 3, 192, 576, F32), Case("linear", "mxfp8", 3, 192, 576, F32),
+    Case("linear", "fp8_1x128", 3, 192, 576, F16), Case("linear", "fp8_tensor", 3, 192, 576, F16),
+    Case("grouped_linear", "fp8_128x128", 9, 192, 384, F32, groups=5),
+    Case("grouped_linear", "mxfp4", 9, 192, 384, F32, groups=5),
+    Case("grouped_linear", "nvfp4", 9, 192, 384, F32, "weight_only", groups=5),
+    Case("matmul", "nvfp4", 3, 192, 576, F32), Case("matmul", "fp8_row", 33, 130, 256, F32),
+    Case("quantize", "fp8_1x128", 5, 0, 384, F32, edge="ties"), Case("quantize", "mxfp4", 5, 0, 384, F32, edge="ties"),
+    Case("quantize", "nvfp4", 5, 0, 384, F32, edge="nonfinite"), Case("quantize", "fp8_row", 5, 0, 384, F32, edge="tiny"),
+    Case("swiglu_quantize", "fp8_1x128", 3, 0, 576, F16), Case("rmsnorm_quantize", "fp8_1x32_ue8m0", 3, 0, 576, F16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
+def test_conformance_cases(case):
+    kernel = next(k for k in KERNELS if k.op == case.op and k.name == "triton.block")
+    failure, error = check(kernel, case)
+    assert failure is None
+    assert error <= 1
