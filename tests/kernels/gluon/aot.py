@@ -33,7 +33,7 @@ def compile_for_hopper(launch: Launch) -> Any:
     driver.set_active(_Hopper())
     try:
         return launch.kernel.warmup(
-            *launch.arguments, grid=(launch.programs,), **launch.constants, **launch.options
+            *launch.arguments, grid=launch.grid, **launch.constants, **launch.options
         )
     finally:
         driver._active = before

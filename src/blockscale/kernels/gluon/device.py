@@ -47,13 +47,31 @@ def promote_cols(acc, partial, scale):
 
 
 @gluon.jit
-def weight_scale(boxes, slot, index, layout: gl.constexpr):
-    """The weight scale of flat index `index`, from the box that TMA put into `slot`.
+def box_start(index, ELEMENT: gl.constexpr):
+    """Where the TMA box that holds scale `index` starts: boxes start at multiples of 16 bytes."""
+    PER: gl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    return index // PER * PER
 
-    boxes: one element per index, 32 a slot. A TMA box starts at a multiple of 16 bytes, so the element is
-    `index % 4` of its box.
+
+@gluon.jit
+def weight_scale(boxes, slot, index, layout: gl.constexpr):
+    """The weight scale of flat index `index` as fp32, from the 128-byte box that TMA put into `slot`.
+
+    boxes: one element per index, fp32 or E8M0 bytes (0 is 2^-127, 255 is NaN).
     """
-    return boxes.index(slot * 32 + (index & 3)).load(layout)
+    if boxes.dtype == gl.uint8:
+        byte = boxes.index(slot * 128 + (index & 15)).load(layout).to(gl.int32)
+        bits = gl.where(byte == 0, 0x00400000, byte << 23)
+        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
+    else:
+        return boxes.index(slot * 32 + (index & 3)).load(layout)
+
+
+@gluon.jit
+def scale_boxes(bufs, COUNT: gl.constexpr):
+    """The shared memory of COUNT boxes of weight scales once more, one element per index."""
+    PER_BOX: gl.constexpr = bufs.shape[1]
+    return bufs._reinterpret(bufs.dtype, [COUNT * PER_BOX, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit

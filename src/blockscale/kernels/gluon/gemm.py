@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
+from ...formats import get_format
+from ...layouts import convert, decode_scale
 from ...tensor import BlockScaled
 from . import swap, wide
-from .config import Config, Wide
+from .config import Config, Wide, ceil_div
 from .launch import Launch
 
 
@@ -15,9 +20,33 @@ def launch(
 ) -> Launch:
     """One launch of `y = x @ w.T + bias`.
 
-    x: fp8_1x128 [M, K] in layout "tma"; w: fp8_128x128 [N, K] in layout "row" with fp32 scales; y: [M, N], rows at
-    multiples of 16 bytes for a Wide configuration.
+    x: fp8_1x128 [M, K] in layout "tma"; w: fp8_128x128 [N, K] in layout "row"; y: [M, N], rows at multiples of
+    16 bytes for a Wide configuration.
     """
-    if isinstance(config, Wide):
-        return wide.launch(x.data, x.scale, w.data, w.scale, bias, y, config, sm_count)
-    return swap.launch(x.data, x.scale, w.data, w.scale, bias, y, config, sm_count)
+    if w.scale.dtype == torch.float8_e8m0fnu:
+        w_scale = w.scale.view(torch.uint8)  # decoded in the kernel; triton knows no E8M0
+    else:
+        w_scale = decode_scale(w.scale)
+    start = wide.launch if isinstance(config, Wide) else swap.launch
+    return start(x.data, x.scale, w.data, w_scale, bias, y, config, sm_count)  # type: ignore[operator]
+
+
+def multiply(
+    x: BlockScaled, w: BlockScaled, bias: Tensor | None, out_dtype: torch.dtype, config: Config, sm_count: int
+) -> Tensor:
+    """`x @ w.T + bias`: [M, N] in `out_dtype`. Operands as for `launch`."""
+    (m, k), n = x.shape, w.shape[0]
+    if m == 0:
+        return torch.empty(0, n, device=x.device, dtype=out_dtype)
+    per_16_bytes = 16 // out_dtype.itemsize
+    y = torch.empty(m, ceil_div(n, per_16_bytes) * per_16_bytes, device=x.device, dtype=out_dtype)[:, :n]
+    launch(x, w, bias, y, config, sm_count).run()
+    return y.contiguous()  # copies only where N itself is not a multiple of 16 bytes
+
+
+def tma_scales(x: BlockScaled) -> BlockScaled:
+    """x with fp32 scales in layout "tma", whatever it comes in. Values stay the same."""
+    if x.layout == "tma":
+        return x
+    row = convert(x, "row")
+    return convert(replace(row, scale=decode_scale(row.scale), format=get_format("fp8_1x128")), "tma")

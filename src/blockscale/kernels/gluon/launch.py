@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 _GLUON = {
     torch.float8_e4m3fn: gl.float8e4nv,
     torch.bfloat16: gl.bfloat16,
@@ -27,22 +26,24 @@ def matrix(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, [rows, cols], layout)
 
 
-def flat(t: Tensor, length: int) -> TensorDescriptor:
-    """Boxes of `length` consecutive fp32 numbers of the storage that a contiguous tensor, or its transpose, spans."""
-    return TensorDescriptor.from_tensor(t.as_strided((t.numel(),), (1,)), [length], _FLAT)
+def flat(t: Tensor, box_bytes: int = 128) -> TensorDescriptor:
+    """Boxes of consecutive elements of a contiguous tensor of scales: fp32, or uint8 with E8M0 codes."""
+    size = t.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * size, rank=1)
+    return TensorDescriptor.from_tensor(t.view(-1), [box_bytes // size], layout)
 
 
 class Launch(NamedTuple):
     """One kernel launch as data: `run` starts it, tests compile it on a machine without a GPU."""
 
     kernel: Any
-    programs: int
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 _STREAM_TICKETS = 1 << 14

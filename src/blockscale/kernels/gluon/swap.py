@@ -18,7 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .config import Swap, ceil_div
-from .device import advance, make_barriers, partial_offsets, partition_barrier, promote_cols, weight_scale
+from .device import (
+    advance,
+    box_start,
+    make_barriers,
+    partial_offsets,
+    partition_barrier,
+    promote_cols,
+    scale_boxes,
+    weight_scale,
+)
 from .launch import Launch, flat, matrix, take_tickets
 
 
@@ -53,7 +62,7 @@ def _producer(
         tma.async_copy_global_to_shared(x_desc, [m, kb * 128], bar, x_bufs.index(stage))
         tma.async_copy_global_to_shared(xs_desc, [kb * xs_ld + m], bar, xs_bufs.index(stage))
         at = n // 128 * ws_ld + kb
-        tma.async_copy_global_to_shared(ws_desc, [at // 4 * 4], bar, ws_bufs.index(stage))
+        tma.async_copy_global_to_shared(ws_desc, [box_start(at, ws_desc.dtype)], bar, ws_bufs.index(stage))
         stage, phase = advance(stage, phase, STAGES)
 
 
@@ -174,8 +183,8 @@ def swap_kernel(
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, ROWS, 128], w_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 128], x_desc.layout)
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, xs_desc.block_type.shape[0]], xs_desc.layout)
-    ws_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 32], ws_desc.layout)
-    ws_boxes = ws_bufs._reinterpret(gl.float32, [STAGES * 32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ws_bufs = gl.allocate_shared_memory(ws_desc.dtype, [STAGES, ws_desc.block_type.shape[0]], ws_desc.layout)
+    ws_boxes = scale_boxes(ws_bufs, STAGES)
     full, empty = make_barriers(STAGES, GROUPS)
     if PDL:
         gdc_wait()
@@ -225,8 +234,8 @@ def launch(
     arguments = (
         matrix(x, config.tokens, 128),
         matrix(w, 64 * config.groups, 128),
-        flat(x_scale, max(config.tokens, 32)),
-        flat(w_scale, 32),
+        flat(x_scale, 4 * max(config.tokens, 32)),
+        flat(w_scale),
         y,
         w_scale if bias is None else bias,
         workspace,
@@ -250,4 +259,4 @@ def launch(
         "CONSUMER_REGISTERS": consumer_registers,
     }
     options = {"num_warps": 4, "maxnreg": cap, "launch_pdl": config.pdl}
-    return Launch(swap_kernel, programs, arguments, constants, options)
+    return Launch(swap_kernel, (programs,), arguments, constants, options)

@@ -27,7 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .config import Wide, ceil_div, wide_grid
-from .device import advance, make_barriers, partial_offsets, partition_barrier, promote_rows, weight_scale
+from .device import (
+    advance,
+    box_start,
+    make_barriers,
+    partial_offsets,
+    partition_barrier,
+    promote_rows,
+    scale_boxes,
+    weight_scale,
+)
 from .launch import Launch, flat, matrix, take_tickets
 
 BM: gl.constexpr = gl.constexpr(128)
@@ -120,7 +129,8 @@ def _producer(
             tma.async_copy_global_to_shared(xs_desc, [kb * xs_ld + m], bar, xs_bufs.index(stage))
             for r in gl.static_range(SCALE_ROWS):
                 at = (n // 128 + r) * ws_ld + kb
-                tma.async_copy_global_to_shared(ws_desc, [at // 4 * 4], bar, ws_bufs.index(stage * SCALE_ROWS + r))
+                start = box_start(at, ws_desc.dtype)
+                tma.async_copy_global_to_shared(ws_desc, [start], bar, ws_bufs.index(stage * SCALE_ROWS + r))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -364,10 +374,11 @@ def wide_kernel(
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PIECES, P, 128], w_desc.layout)
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], xs_desc.layout)
-    ws_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * SCALE_ROWS, 32], ws_desc.layout)
+    ws_bufs = gl.allocate_shared_memory(
+        ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
+    )
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    one_by_one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ws_boxes = ws_bufs._reinterpret(gl.float32, [STAGES * SCALE_ROWS * 32, 1], one_by_one)
+    ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, 2)
     if PDL:
         gdc_wait()
@@ -406,8 +417,8 @@ def launch(
     arguments = (
         matrix(x, 128, 128),
         matrix(w, config.piece, 128),
-        flat(x_scale, 128),
-        flat(w_scale, 32),
+        flat(x_scale, 4 * 128),
+        flat(w_scale),
         matrix(y, 64, config.staging),
         w_scale if bias is None else bias,
         workspace,
@@ -430,4 +441,4 @@ def launch(
         "CONSUMER_REGISTERS": 240,
     }
     options = {"num_warps": 4, "maxnreg": 168, "launch_pdl": config.pdl}
-    return Launch(wide_kernel, grid.programs, arguments, constants, options)
+    return Launch(wide_kernel, (grid.programs,), arguments, constants, options)
