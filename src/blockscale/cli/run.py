@@ -1,0 +1,129 @@
+"""`blockscale run`: text from a block-scaled checkpoint, and what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from ..errors import BlockscaleError
+from ._output import console, print_json
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("run")
+    def command(
+        checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+        prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+        max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+        numerics: Annotated[str, typer.Option(help="checkpoint, weight_only, or another preset.")] = "checkpoint",
+        device: Annotated[str, typer.Option(help="Device: cpu, cuda, xpu …")] = "cpu",
+        dtype: Annotated[str, typer.Option(help="dtype of activations: auto, bfloat16, float16, float32.")] = "auto",
+        kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
+        chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming text.")] = False,
+    ) -> None:
+        """Generate text on the stored bytes: tokens/s, memory, and which kernel served how many layers."""
+        report = run(
+            checkpoint, prompt, max_new_tokens, numerics=numerics, device=device, dtype=dtype, kernel=kernel,
+            chat=chat, stream=not as_json,
+        )  # fmt: skip
+        if as_json:
+            print_json(report)
+        else:
+            _show(report)
+
+
+def run(
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    numerics: str = "checkpoint",
+    device: str = "cpu",
+    dtype: str = "auto",
+    kernel: str | None = None,
+    chat: bool = False,
+    stream: bool = False,
+) -> dict[str, Any]:
+    """Load, generate greedily, measure: `{text, prompt_tokens, new_tokens, prefill_tokens_per_second, …}`."""
+    load, measure = _integration()
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=device)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+    else:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    text = _Text(tokenizer, stream)
+    timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
+    text.end()
+    return {
+        "text": text.whole,
+        "prompt_tokens": timing.prompt_tokens,
+        "new_tokens": len(timing.tokens),
+        "prefill_tokens_per_second": timing.prefill_tokens_per_second,
+        "decode_tokens_per_second": timing.decode_tokens_per_second,
+        "resident_weight_bytes": measure.weight_bytes(model),
+        "peak_memory_bytes": measure.peak_memory(device),
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "numerics": numerics,
+        "kernels": measure.kernels_in_use(model),
+        "prefill_kernels": measure.kernels_in_use(model, timing.prompt_tokens),
+    }
+
+
+def _integration() -> tuple[Any, Any]:
+    """`load` and `measure`, or an error that says what to install."""
+    try:
+        from ..integrations.transformers import load, measure
+    except ModuleNotFoundError as e:
+        raise BlockscaleError(f"running models needs {e.name}: pip install 'blockscale[transformers]'") from e
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_grad_enabled(False)
+    return load, measure
+
+
+class _Text:
+    """Token ids to text, printed as it grows. A character may need several tokens, so whole words are compared."""
+
+    def __init__(self, tokenizer: Any, stream: bool) -> None:
+        self.tokenizer, self.stream, self.ids, self.whole = tokenizer, stream, list[int](), ""
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        if self.stream:
+            sys.stdout.write(text[len(self.whole) :])
+            sys.stdout.flush()
+        self.whole = text
+
+    def end(self) -> None:
+        if self.stream:
+            print()
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    speed = "{:.1f} tokens/s"
+    for name, key in (("prefill", "prefill"), ("decode", "decode")):
+        value = report[f"{key}_tokens_per_second"]
+        tokens = report["prompt_tokens"] if key == "prefill" else report["new_tokens"]
+        table.add_row(name, f"{tokens} tokens", speed.format(value) if value else "")
+    table.add_row("weights", f"{report['resident_weight_bytes'] / 1e6:.1f} MB", f"{report['dtype']} activations")
+    table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
+    for kernel, layers in report["kernels"].items():
+        table.add_row("kernel", kernel, f"{layers} layers")
+    console().print(table)

@@ -1,0 +1,302 @@
+"""Which stored weight belongs where in a transformers model.
+
+The tensors in the file decide what is quantized, never a skip list. A `Slot` says: this stored matrix occupies these
+rows of that module. Loading fills the slots from the file, saving reads them back, so both follow one table, and the
+names on disk (DeepSeek-V4's own ones too) survive a round trip.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import Checkpoint, StoredLayer
+from ...errors import CheckpointError
+from ...formats import Format
+from ...nn import BlockDiagonalLinear, Experts, Linear, Names, WeightModule
+from ...tensor import BlockScaled
+from .policy import Policy
+
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<which>gate_proj|up_proj|down_proj|w1|w2|w3)")
+_STACKED = re.compile(r"(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)")
+_ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_LOADING = Names("stored_data", "stored_scale", "stored_global_scale", "stored_input_scale")
+"""Buffer names until the bytes are in: transformers shall find no tensor of that name and keep its hands off."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stored matrix inside a module's `[E, N, K]` (or `[N, K]`), seen as `[E * N, K]`.
+
+    layer: where it comes from. row, grid_row: its first row of data and of scales. index: its expert, if any.
+    """
+
+    layer: StoredLayer
+    row: int = 0
+    grid_row: int = 0
+    index: int | None = None
+
+
+@dataclass
+class Bindings:
+    """slots: for each of our modules (by path) the stored matrices in it. names: the buffer names that it ends with.
+
+    plain: checkpoint name -> the model's name, of tensors that are no part of a block-scaled weight.
+    """
+
+    slots: dict[str, list[Slot]] = field(default_factory=dict)
+    names: dict[str, Names] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.slots)
+
+
+def bind(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str], policy: Policy) -> Bindings:
+    """Put our modules, still empty on the meta device, where the checkpoint stores block-scaled weights.
+
+    rename: checkpoint name -> the model's name. Raises CheckpointError when tensors and model do not fit.
+    """
+    bindings = Bindings(plain={info.name: rename(info.name) for info in checkpoint.plain})
+    experts: dict[str, dict[str, dict[int, StoredLayer]]] = {}
+    modules = dict(model.named_modules())
+    for layer in checkpoint.layers:
+        path = rename(f"{layer.name}.weight").removesuffix(".weight")
+        single, stacked = _EXPERT.fullmatch(path), _STACKED.fullmatch(path)
+        if single and single["experts"] in modules:
+            roles = experts.setdefault(single["experts"], {})
+            roles.setdefault(_ROLE[single["which"]], {})[int(single["index"])] = layer
+        elif stacked and stacked["experts"] in modules:
+            experts.setdefault(stacked["experts"], {})[stacked["which"].removesuffix("_proj")] = {-1: layer}
+        elif path in modules:
+            _bind_linear(model, path, modules[path], layer, bindings, policy)
+        # else: not part of this model (multi-token prediction layers); transformers reports what is unexpected
+    for path, roles in experts.items():
+        _bind_experts(model, path, modules[path], roles, bindings, policy)
+    return bindings
+
+
+# -- one linear --------------------------------------------------------------------------------------------------
+
+
+def _bind_linear(
+    model: nn.Module, path: str, module: nn.Module, layer: StoredLayer, bindings: Bindings, policy: Policy
+) -> None:
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(
+            f"{layer.file}: {layer.name}: stored as {layer.format}, but {path} is a {type(module).__name__}, "
+            "not a linear layer that can run on it"
+        )
+    n, k = module.out_features, module.in_features
+    if layer.shape != (n, k):
+        raise CheckpointError(
+            f"{layer.file}: {layer.name}: stored {list(layer.shape)}, the model's {path} needs {[n, k]}"
+        )
+    groups = getattr(module, "n_groups", None)
+    if groups is None:
+        ours: WeightModule = Linear(
+            _empty(layer, (n, k)), _meta_like(module.bias), numerics=policy.numerics("linear", layer.format),
+            kernel=policy.kernel, names=_LOADING,
+        )  # fmt: skip
+    else:
+        rows = layer.format.block_shape(n, k)[0]
+        if (n // groups) % rows:
+            raise CheckpointError(
+                f"{layer.file}: {layer.name}: {groups} groups of {n // groups} rows cut through blocks of {rows} rows"
+            )
+        ours = BlockDiagonalLinear(
+            _empty(layer, (groups, n // groups, k)), numerics=policy.numerics("grouped_output", layer.format),
+            kernel=policy.kernel, names=_LOADING,
+        )  # fmt: skip
+    _place(model, path, ours)
+    bindings.slots[path] = [Slot(layer)]
+    bindings.names[path] = _names(layer)
+
+
+def _names(layer: StoredLayer) -> Names:
+    """Buffer names as the checkpoint calls the parts."""
+    parts, usual = layer.parts, Names()
+
+    def short(name: str | None, otherwise: str) -> str:
+        return otherwise if name is None else name.removeprefix(layer.name).lstrip("._")
+
+    return Names(
+        short(parts.data, usual.data), short(parts.scale, usual.scale),
+        short(parts.global_scale, usual.global_scale), short(parts.input_scale, usual.input_scale),
+    )  # fmt: skip
+
+
+# -- experts -----------------------------------------------------------------------------------------------------
+
+
+def _bind_experts(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    roles: dict[str, dict[int, StoredLayer]],
+    bindings: Bindings,
+    policy: Policy,
+) -> None:
+    count: int = module.num_experts  # type: ignore[assignment]
+    if -1 in roles.get("down", {}):
+        weights = {role: _empty(found[-1], found[-1].shape) for role, found in roles.items()}
+        slots = {role: [Slot(found[-1])] for role, found in roles.items()}
+    else:
+        for role in ("gate", "up", "down"):
+            _check_experts(path, role, roles.get(role, {}), count)
+        weights, slots = _stack(roles, count)
+    gate_up = weights["gate_up"] if "gate_up" in weights else (weights["gate"], weights["up"])
+    ours = Experts(
+        gate_up, weights["down"], limit=getattr(module, "limit", None), weigh_first=policy.weigh_first,
+        numerics=policy.numerics("experts", weights["down"].format), kernel=policy.kernel, names=_LOADING,
+    )  # fmt: skip
+    _place(model, path, ours)
+    for role, filled in slots.items():
+        bindings.slots[f"{path}.{role}"] = filled
+        bindings.names[f"{path}.{role}"] = Names()
+
+
+def _stack(
+    roles: dict[str, dict[int, StoredLayer]], count: int
+) -> tuple[dict[str, BlockScaled], dict[str, list[Slot]]]:
+    """Empty stacks for single experts and the slots in them; gate and up become one where they share whole blocks."""
+    gate, up, down = roles["gate"], roles["up"], roles["down"]
+    inner, k = gate[0].shape
+    grid = gate[0].format.scale_shape(inner, k)[0]
+    weights, slots = {"down": _empty_stack(down[0], count)}, {"down": _slots(down)}
+    whole = gate[0].format.block[0] is not None and inner % gate[0].format.block_shape(inner, k)[0] == 0
+    alike = _kind(gate[0]) == _kind(up[0]) and gate[0].parts.global_scale is None and gate[0].parts.input_scale is None
+    if whole and alike:
+        weights["gate_up"] = _empty_stack(gate[0], count, rows=2 * inner)
+        pairs = [
+            (Slot(gate[e], 2 * e * inner, 2 * e * grid, e), Slot(up[e], (2 * e + 1) * inner, (2 * e + 1) * grid, e))
+            for e in range(count)
+        ]
+        slots["gate_up"] = [slot for pair in pairs for slot in pair]
+    else:
+        weights |= {"gate": _empty_stack(gate[0], count), "up": _empty_stack(up[0], count)}
+        slots |= {"gate": _slots(gate), "up": _slots(up)}
+    return weights, slots
+
+
+def _slots(layers: dict[int, StoredLayer]) -> list[Slot]:
+    rows, grid = layers[0].shape[0], layers[0].format.scale_shape(*layers[0].shape)[0]
+    return [Slot(layers[e], e * rows, e * grid, e) for e in range(len(layers))]
+
+
+def _kind(layer: StoredLayer) -> tuple[Format, str, tuple[int, ...], bool, bool]:
+    parts = layer.parts
+    return layer.format, layer.scale_dtype, layer.shape, parts.global_scale is None, parts.input_scale is None
+
+
+def _check_experts(path: str, role: str, found: dict[int, StoredLayer], count: int) -> None:
+    missing = sorted(set(range(count)) - set(found))
+    if missing:
+        raise CheckpointError(f"{path}: experts {missing[:4]} of {count} have no block-scaled {role} weight")
+    odd = next((layer for layer in found.values() if _kind(layer) != _kind(found[0])), None)
+    if odd is not None:
+        first = found[0]
+        raise CheckpointError(
+            f"{odd.file}: {odd.name}: {odd.format} {list(odd.shape)} with {odd.scale_dtype} scales, but "
+            f"{first.name} is {first.format} {list(first.shape)} with {first.scale_dtype}: one stack holds one kind"
+        )
+
+
+# -- empty weights, and bytes in and out -------------------------------------------------------------------------
+
+
+def _empty_stack(layer: StoredLayer, count: int, rows: int | None = None) -> BlockScaled:
+    n, k = layer.shape
+    return _empty(layer, (count, rows or n, k))
+
+
+def _empty(layer: StoredLayer, shape: tuple[int, ...]) -> BlockScaled:
+    """A weight on the meta device in the layer's format and storage dtypes."""
+    fmt, parts, (*lead, n, k) = layer.format, layer.parts, shape
+    scale_dtype = torch.float8_e8m0fnu if layer.scale_dtype == "U8" else _dtype(layer.scale_dtype)
+    data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=fmt.element.dtype, device="meta")
+    scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=scale_dtype, device="meta")
+    level, static = (
+        torch.empty(*lead, dtype=torch.float32, device="meta") if name else None
+        for name in (parts.global_scale, parts.input_scale)
+    )
+    return BlockScaled(data, scale, fmt, shape=shape, global_scale=level, input_scale=static)
+
+
+def _dtype(code: str) -> torch.dtype:
+    from ...checkpoint.header import DTYPES
+
+    return DTYPES[code]
+
+
+def _meta_like(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else torch.empty_like(bias, device="meta")
+
+
+def _place(model: nn.Module, path: str, ours: nn.Module) -> None:
+    model.set_submodule(path, ours.train(model.training))
+
+
+def fill(module: WeightModule, slots: list[Slot], names: Names, checkpoint: Checkpoint) -> None:
+    """Put the stored bytes of `slots` into the module, under its final buffer names.
+
+    A matrix that is a whole module on a CPU stays on the mapped file, without a copy.
+    Raises CheckpointError for scales that cannot multiply, and when buffers were offloaded before they were filled.
+    """
+    ours = module.quantized
+    for slot in slots:
+        weight = checkpoint.load(slot.layer.name)
+        assert isinstance(weight, BlockScaled)
+        if ours.data.is_meta:
+            raise CheckpointError(
+                f"{slot.layer.name}: its module has no device: block-scaled weights are buffers, load without "
+                "offload_buffers=True"
+            )
+        if len(slots) == 1 and ours.device.type == "cpu":
+            module.set_weight(_shaped(weight, ours), names)
+            return
+        for whole, part, row in ((ours.data, weight.data, slot.row), (ours.scale, weight.scale, slot.grid_row)):
+            rows = _bytes(whole).flatten(0, -2)
+            source = _bytes(part).flatten(0, -2)
+            rows[row : row + len(source)].copy_(source)
+        for level, value in ((ours.global_scale, weight.global_scale), (ours.input_scale, weight.input_scale)):
+            if level is not None and value is not None:
+                (level if slot.index is None else level[slot.index]).copy_(value)
+    module.set_weight(ours, names)
+
+
+def _shaped(weight: BlockScaled, like: BlockScaled) -> BlockScaled:
+    """The same bytes under another leading shape (`[G * N, K]` as `[G, N, K]`)."""
+    if weight.shape == like.shape:
+        return weight
+    data = weight.data.reshape(like.data.shape)
+    scale = weight.scale.reshape(like.scale.shape)
+    return BlockScaled(data, scale, weight.format, shape=like.shape)
+
+
+def stored_tensors(module: WeightModule, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+    """The module's data and scales as the checkpoint's tensors: (name, tensor)."""
+    ours = module.row_weight()
+    for slot in slots:
+        layer = slot.layer
+        *lead, n, k = layer.shape
+        stack = math.prod(lead)
+        data, scales = stack * n, stack * layer.format.scale_shape(n, k)[0]
+        yield layer.parts.data, _bytes(ours.data).flatten(0, -2)[slot.row : slot.row + data]
+        yield layer.parts.scale, _bytes(ours.scale).flatten(0, -2)[slot.grid_row : slot.grid_row + scales]
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Bytes under the dtype and shape that the file has."""
+    return tensor.contiguous().cpu().view(dtype).reshape(shape)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """8-bit types as uint8: torch implements few operations on them."""
+    return t.view(torch.uint8) if t.element_size() == 1 else t

@@ -1,0 +1,51 @@
+"""`blockscale run`: text and figures from a tiny checkpoint with a real tokenizer format."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from blockscale.checkpoint import quantize_checkpoint
+from blockscale.cli import app
+from makers import make_llama
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    make_llama(folder / "bf16", layers=1)
+    quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "fp8")
+    return folder / "fp8"
+
+
+def invoke(*args):
+    result = CliRunner().invoke(app, ["run", *map(str, args)])
+    assert result.exception is None, result.output
+    return result.output
+
+
+def test_json_says_what_ran_and_what_it_cost(checkpoint):
+    report = json.loads(invoke(checkpoint, "w5 w6 w7", "--max-new-tokens", 4, "--json"))
+    assert report["prompt_tokens"] == 3
+    assert report["new_tokens"] == 4
+    assert len(report["text"].split()) == 4
+    assert sum(report["kernels"].values()) == 8
+    assert report["decode_tokens_per_second"] > 0
+    assert report["resident_weight_bytes"] > 256 * 192
+
+
+def test_text_streams_and_figures_follow(checkpoint):
+    output = invoke(checkpoint, "w5 w6 w7", "--max-new-tokens", 3, "--numerics", "weight_only")
+    text, *figures = output.splitlines()
+    assert len(text.split()) == 3
+    assert "decode" in "".join(figures)
+
+
+def test_an_unknown_policy_is_refused_with_the_near_names(checkpoint):
+    result = CliRunner().invoke(app, ["run", str(checkpoint), "w5", "--numerics", "checkpont"])
+    assert "did you mean 'checkpoint'" in str(result.exception)

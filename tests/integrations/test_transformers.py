@@ -1,0 +1,203 @@
+"""Block-scaled checkpoints through transformers: as stored, on our modules, and back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import blockscale
+from blockscale import reference
+from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
+from blockscale.errors import BlockscaleError, CheckpointError
+from blockscale.integrations import transformers as integration
+from blockscale.integrations.transformers import measure, quantizer
+from makers import make_llama
+
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """An FP8 Llama with N = 192 and K = 192, and its BF16 source."""
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder / "bf16", tied=True)
+    quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
+    return folder / "fp8"
+
+
+@pytest.fixture
+def copy(ragged, tmp_path):
+    """A copy to damage: `copy(tensors)` edits the tensors, `copy(config=…)` the config."""
+
+    def edit(change=lambda tensors: None, config=lambda c: None):
+        for file in ragged.iterdir():
+            if file.is_file():
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((tmp_path / "config.json").read_text())
+        config(settings["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        return tmp_path
+
+    return edit
+
+
+def tensors_of(folder):
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def same_bytes(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a.view(torch.uint8) == b.view(torch.uint8)).all())
+
+
+def dequantized_model(folder):
+    """Stock transformers in fp32 with the dequantized weights: an independent weight-only implementation."""
+    checkpoint = open_checkpoint(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "bf16", dtype=torch.float32)
+    for layer in checkpoint.layers:
+        model.get_submodule(layer.name).weight.data = reference.dequantize(checkpoint.load(layer.name))
+    return model
+
+
+def fake_quantize(module, args):
+    return (reference.dequantize(reference.quantize(args[0], blockscale.get_format("fp8_1x128"))),)
+
+
+def test_ragged_layers_load_as_stored(ragged):
+    model = integration.load(ragged, dtype=torch.float32)
+    stored = tensors_of(ragged)
+    layer = model.model.layers[1].mlp.up_proj
+    assert isinstance(layer, blockscale.nn.Linear)
+    assert (layer.out_features, layer.in_features) == (192, 256)
+    assert same_bytes(layer.weight, stored["model.layers.1.mlp.up_proj.weight"])
+    assert same_bytes(layer.weight_scale_inv, stored["model.layers.1.mlp.up_proj.weight_scale_inv"])
+    assert sum(isinstance(m, blockscale.nn.Linear) for m in model.modules()) == 14
+    assert type(model.lm_head) is blockscale.nn.DenseLinear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_whole_model_equals_dequantized_weights_in_stock_transformers(ragged):
+    model, plain = integration.load(ragged, dtype=torch.float32, numerics="weight_only"), dequantized_model(ragged)
+    with torch.no_grad():
+        got, want = model(IDS).logits, plain(IDS).logits
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_activations_are_quantized_as_the_checkpoint_asks(ragged):
+    model, plain = integration.load(ragged, dtype=torch.float32), dequantized_model(ragged)
+    for layer in open_checkpoint(ragged).layers:
+        plain.get_submodule(layer.name).register_forward_pre_hook(fake_quantize)
+    with torch.no_grad():
+        got, want = model(IDS).logits, plain(IDS).logits
+    assert (got - want).norm() / want.norm() < 1e-3
+
+
+def test_casting_the_model_leaves_the_bytes_alone(ragged):
+    model, stored = integration.load(ragged, dtype=torch.bfloat16), tensors_of(ragged)
+    for cast in (torch.float32, torch.float16, torch.bfloat16):
+        model.to(cast)
+        layer = model.model.layers[0].self_attn.k_proj
+        assert model.lm_head.weight.dtype == cast
+        assert same_bytes(layer.weight, stored["model.layers.0.self_attn.k_proj.weight"])
+        assert same_bytes(layer.weight_scale_inv, stored["model.layers.0.self_attn.k_proj.weight_scale_inv"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_save_pretrained_round_trips_every_byte(ragged, tmp_path, dtype):
+    integration.load(ragged, dtype=dtype).save_pretrained(tmp_path)
+    before, after = tensors_of(ragged), tensors_of(tmp_path)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (ragged, tmp_path)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_enable_takes_over_from_pretrained_and_disable_gives_it_back(ragged):
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING)
+    integration.enable()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(ragged, dtype=torch.bfloat16)
+        assert isinstance(model.model.layers[0].mlp.down_proj, blockscale.nn.Linear)
+    finally:
+        integration.disable()
+    assert stock == auto.AUTO_QUANTIZER_MAPPING
+
+
+def test_load_leaves_stock_behaviour_alone(ragged):
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    integration.load(ragged)
+    assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
+def test_tensors_decide_and_not_the_skip_list(copy):
+    folder = copy(config=lambda c: c.update(modules_to_not_convert=["model.layers.0.mlp.down_proj"]))
+    model = integration.load(folder)
+    assert isinstance(model.model.layers[0].mlp.down_proj, blockscale.nn.Linear)
+
+
+def test_a_missing_scale_is_refused(copy):
+    folder = copy(lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj.*has no scale"):
+        integration.load(folder)
+
+
+def test_a_block_size_that_disagrees_is_refused(copy):
+    folder = copy(config=lambda c: c.update(weight_block_size=[64, 64]))
+    with pytest.raises(CheckpointError, match="disagree"):
+        integration.load(folder)
+
+
+def test_a_nan_scale_is_refused(copy):
+    def poison(tensors):
+        tensors["model.layers.1.self_attn.q_proj.weight_scale_inv"][0, 0] = float("nan")
+
+    with pytest.raises(CheckpointError, match=r"q_proj.*must be finite"):
+        integration.load(copy(poison))
+
+
+def test_a_weight_of_another_shape_than_the_model_is_refused(copy):
+    def crop(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:130].contiguous()
+
+    with pytest.raises(CheckpointError, match=r"stored \[130, 256\], the model's .* needs \[192, 256\]"):
+        integration.load(copy(crop))
+
+
+def test_a_plain_checkpoint_is_refused(ragged):
+    with pytest.raises(CheckpointError, match="no block-scaled weights"):
+        integration.load(ragged.parent / "bf16")
+
+
+def test_another_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(quantizer.transformers, "__version__", "5.24.1")
+    with pytest.raises(BlockscaleError, match=r"works with transformers 5\.23\.x, got 5\.24\.1"):
+        integration.enable()
+
+
+def test_an_ordered_kernel_serves_every_layer(ragged):
+    model = integration.load(ragged, kernel="reference")
+    assert measure.kernels_in_use(model)["reference.linear"] == 14
+
+
+def test_generation_is_measured(ragged):
+    model, seen = integration.load(ragged), []
+    with measure.time_split(model) as split:
+        timing = measure.generate(model, IDS, 5, stop=False, on_token=seen.append)
+    assert timing.prompt_tokens == 17
+    assert seen == list(timing.tokens)
+    assert len(seen) == 5
+    assert split.calls == {"ours": 14 * 5, "dense": 5}
+    assert split.ours + split.dense + split.rest == pytest.approx(split.total)
+
+
+def test_weight_bytes_counts_shared_storage_once(ragged):
+    model = integration.load(ragged, dtype=torch.bfloat16)
+    stored = sum(t.nbytes for t in tensors_of(ragged).values())
+    rotary = 2 * 32 * 4  # inverse frequencies, which no checkpoint holds
+    assert stored <= measure.weight_bytes(model) <= stored + rotary
