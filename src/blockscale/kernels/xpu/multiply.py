@@ -134,7 +134,7 @@ class WeightOnly(_Fp8Gemm):
             yield f"x is {problem.x_dtype} and out {problem.out_dtype}: both must be bfloat16 or both float16"
         width = square(problem.n, problem.k)
         if problem.format is not None and problem.format.block == BLOCK and width % 16:
-            yield f"N={problem.n}, K={problem.k}: square blocks that divide both are {width} wide, must be a multiple of 16"
+            yield f"N={problem.n}, K={problem.k}: square blocks are {width} wide, needs a multiple of 16"
 
     def notes(self, problem: Problem) -> Iterator[str]:
         yield "x is copied where it is not contiguous"
