@@ -171,8 +171,13 @@ def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         except (ImportError, OSError) as e:  # built for another torch, or a library is missing
             errors.append((f"{record['package']}.error", str(e).splitlines()[0]))
         for op in record["schemas"]:
-            ops += [(op, str(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
+            ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
     return errors, ops
+
+
+def schema_text(schema: Any) -> str:
+    """A registered schema as people write it: torch prints unnamed aliases as `Tensor($0! -> )` and cannot read that."""
+    return re.sub(r"\(\$\d+(!?) -> \)", r"\1", str(schema))
 
 
 def _cpu_arch() -> str:
