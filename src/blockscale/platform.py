@@ -176,7 +176,7 @@ def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def schema_text(schema: Any) -> str:
-    """A registered schema as people write it: torch prints unnamed aliases as `Tensor($0! -> )` and cannot read that."""
+    """A registered schema as people write it: torch prints unnamed aliases as `Tensor($0! -> )`, unreadably."""
     return re.sub(r"\(\$\d+(!?) -> \)", r"\1", str(schema))
 
 
