@@ -6,14 +6,17 @@ machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not her
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import platform as _host
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +26,8 @@ KINDS = ("cpu", "cuda", "rocm", "xpu")
 """The kinds that `detect` knows. `kind` itself is an open string: third parties may bring their own."""
 
 _FEATURE_PACKAGES = ("triton", "deep_gemm", "vllm-xpu-kernels", "aiter")
+_DISTRIBUTIONS = {"triton": ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton", "pytorch-triton-rocm")}
+"""Packages that install an import name under several distributions; which of them is there differs by device."""
 _GRAMMAR = re.compile(r"(?P<kind>[a-z]\w*)(:(?P<arch>[\w.-]+))?(?P<features>(\+[\w.-]+(=[^+]+)?)*)")
 
 
@@ -33,14 +38,18 @@ class Platform:
     kind: "cuda", "rocm", "xpu", "cpu" or a third party's word.
     arch: "sm_90", "gfx942", "bmg", "avx2" …; "" when unknown.
     features: (name, value) pairs: versions of packages, probe and self-test verdicts. "" is "there, no version".
+    ops: (name, schema) pairs of the torch ops that packages brought, e.g. "_xpu_C::fp8_gemm". Not part of the text:
+        `parse` takes them from the records of package versions that we ship (`kernels/*/schemas.json`).
     """
 
     kind: str
     arch: str = ""
     features: tuple[tuple[str, str], ...] = ()
+    ops: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(sorted(dict(self.features).items())))
+        object.__setattr__(self, "ops", tuple(sorted(dict(self.ops).items())))
 
     @classmethod
     def parse(cls, text: str) -> Platform:
@@ -54,7 +63,8 @@ class Platform:
                 f"platform: got {text!r}, need kind[:arch][+feature[=value]]…, e.g. 'cuda:sm_90+triton=3.6'"
             )
         features = (f.partition("=") for f in match["features"].split("+") if f)
-        return cls(match["kind"], match["arch"] or "", tuple((name, value) for name, _, value in features))
+        described = cls(match["kind"], match["arch"] or "", tuple((name, value) for name, _, value in features))
+        return replace(described, ops=tuple(pair for r in _records() for pair in _recorded_ops(r, described)))
 
     def __str__(self) -> str:
         head = f"{self.kind}:{self.arch}" if self.arch else self.kind
@@ -73,7 +83,11 @@ class Platform:
         return value is not None and (not value or _version(value) >= _version(version))
 
     def with_features(self, extra: Iterable[tuple[str, str]]) -> Platform:
-        return Platform(self.kind, self.arch, (*self.features, *extra))
+        return replace(self, features=(*self.features, *extra))
+
+    def schema(self, op: str) -> str | None:
+        """Schema of a package's torch op, None when no package brought the op."""
+        return dict(self.ops).get(op)
 
     @property
     def capability(self) -> int:
@@ -105,7 +119,9 @@ def detect(device: torch.device | str = "cpu") -> Platform:
         return Platform("cuda", f"sm_{properties.major}{properties.minor}", tuple(versions))
     if device.type == "xpu":
         _require(torch.xpu.is_available(), device)
-        return Platform("xpu", _xpu_arch(torch.xpu.get_device_properties(device).name), tuple(versions))
+        arch = _xpu_arch(torch.xpu.get_device_properties(device).name)
+        errors, ops = _installed_ops()
+        return Platform("xpu", arch, (*versions, *errors), tuple(ops))
     return Platform(device.type, "", tuple(versions))
 
 
@@ -118,12 +134,51 @@ def _packages() -> list[tuple[str, str]]:
     found = []
     for name in _FEATURE_PACKAGES:
         if util.find_spec(name.replace("-", "_")):
-            try:
-                version = metadata.version(name.replace("_", "-"))
-            except metadata.PackageNotFoundError:  # importable without metadata: vendored or a source tree
-                version = ""
-            found.append((name, version))
+            found.append((name, _package_version(name)))
     return found
+
+
+def _package_version(name: str) -> str:
+    for distribution in _DISTRIBUTIONS.get(name, (name.replace("_", "-"),)):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:  # importable without metadata: vendored or a source tree
+            continue
+    return ""
+
+
+@cache
+def _records() -> tuple[dict[str, Any], ...]:
+    """What we know of packages that bring torch ops: {package, version, import: modules, schemas: {op: schema}}."""
+    return tuple(json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("kernels/*/schemas.json")))
+
+
+def _recorded_ops(record: dict[str, Any], described: Platform) -> list[tuple[str, str]]:
+    """Ops of a described platform: "0.1.16" and no version at all mean the version on record, "0.1.9" is unknown."""
+    version = described.value(record["package"])
+    known = version is not None and f"{record['version']}.".startswith(f"{version}." if version else "")
+    return list(record["schemas"].items()) if known else []
+
+
+def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(what went wrong, ops that are there) of packages that register torch ops when they are imported."""
+    errors, ops = [], []
+    for record in _records():
+        try:
+            for module in record["import"]:
+                importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError) as e:  # built for another torch, or a library is missing
+            errors.append((f"{record['package']}.error", str(e).splitlines()[0]))
+        for op in record["schemas"]:
+            ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
+    return errors, ops
+
+
+def schema_text(schema: Any) -> str:
+    """A registered schema as people write it: torch prints unnamed aliases as `Tensor($0! -> )`, unreadably."""
+    return re.sub(r"\(\$\d+(!?) -> \)", r"\1", str(schema))
 
 
 def _cpu_arch() -> str:

@@ -100,11 +100,25 @@ class Kernel(Protocol):
     """Compute. Its arguments depend on the op (see CONTRIBUTING.md); it never hands over to another kernel."""
 
 
+class QuantizerTolerance(NamedTuple):
+    """How far a kernel's own quantizer may be from the definition, declared as its `quantizer_tolerance`.
+
+    The scale before rounding may be off by the factor `1 ± scale_error` and is at least `scale_floor`; codes may be
+    `codes` neighbours away from those that the definition gives for the scale that was written.
+    """
+
+    scale_error: float
+    scale_floor: float
+    codes: int
+
+
 class Decision(NamedTuple):
     """One kernel's answer. No reasons means that it accepts."""
 
     kernel: Kernel
     reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What an accepting kernel does besides the computation, such as copies that its library needs."""
 
     @property
     def accepted(self) -> bool:
@@ -217,7 +231,9 @@ def explain(problem: Problem, platform: Platform, *, repack: bool = True) -> lis
                 seen = replace(problem, layout=kernel.layout)
             else:
                 reasons.append(f"the weight is packed as {problem.layout!r}, it reads {kernel.layout!r}")
-        decisions.append(Decision(kernel, (*reasons, *kernel.why_not(seen, platform))))
+        reasons += kernel.why_not(seen, platform)
+        notes = getattr(kernel, "notes", None)
+        decisions.append(Decision(kernel, tuple(reasons), tuple(notes(seen)) if notes and not reasons else ()))
     return decisions
 
 

@@ -32,7 +32,10 @@ def plan_json(plan: Plan | None) -> list[dict[str, Any]]:
 
 
 def decisions_json(decisions: list[Decision]) -> list[dict[str, Any]]:
-    return [{"kernel": d.kernel.name, "accepted": d.accepted, "reasons": list(d.reasons)} for d in decisions]
+    return [
+        {"kernel": d.kernel.name, "accepted": d.accepted, "reasons": list(d.reasons), "notes": list(d.notes)}
+        for d in decisions
+    ]
 
 
 def problem_json(problem: Problem) -> dict[str, Any]:

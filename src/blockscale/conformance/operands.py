@@ -65,14 +65,18 @@ def make(case: Case) -> Operands:
     return Operands(x, w, bias, _offsets(case, g) if case.groups else None)
 
 
-def expected(case: Case, o: Operands) -> Expected:
-    """What a multiplying op must give, by the definition, before its result is rounded."""
+def expected(case: Case, o: Operands, multiplied: Tensor | None = None) -> Expected:
+    """What a multiplying op must give, by the definition, before its result is rounded.
+
+    multiplied: fp32 `[M, K]`, what a kernel with a quantizer of its own multiplies instead of the definition's.
+    """
     if case.op == "dense_linear":
         assert o.dense is not None
         return _product(o.x, o.dense, None)
     assert o.w is not None
     if case.op != "grouped_linear":
-        return _product(reference.activations(o.x, o.w, case.policy), reference.dequantize(o.w), o.bias)
+        x = reference.activations(o.x, o.w, case.policy) if multiplied is None else multiplied
+        return _product(x, reference.dequantize(o.w), o.bias)
     assert o.offsets is not None
     value = torch.zeros(case.m, case.n, dtype=torch.float64)
     magnitude = torch.zeros_like(value)
@@ -80,7 +84,8 @@ def expected(case: Case, o: Operands) -> Expected:
     for expert, end in enumerate(o.offsets.tolist()):
         if end > start:
             w = o.w[expert]
-            part = _product(reference.activations(o.x[start:end], w, case.policy), reference.dequantize(w), None)
+            x = reference.activations(o.x[start:end], w, case.policy) if multiplied is None else multiplied[start:end]
+            part = _product(x, reference.dequantize(w), None)
             value[start:end], magnitude[start:end] = part.value, part.magnitude
         start = end
     return Expected(value, magnitude)

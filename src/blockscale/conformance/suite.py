@@ -8,6 +8,10 @@ u_out: unit roundoff of the result's dtype. (K + 16) 2^-24: the classic bound of
 order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), with room for the scales.
 `accumulation_error`: 0 unless the kernel declares one, as tensor cores that accumulate in fewer bits must. The
 bound is far below what one wrong scale, row or tail does. Quantize ops are held to the bytes of the definition.
+
+A kernel over a library whose quantizer is not bit-exact declares a `quantizer_tolerance` (`registry`). Its quantize op
+is held to that instead of to bytes. One that also multiplies shows what it multiplies, by a method
+`quantize_activations(problem, x, w)`: that is held to the tolerance, and the product to the bound above over it.
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ from torch.overrides import TorchFunctionMode
 from .. import layouts, reference
 from ..errors import UnknownNameError
 from ..platform import Platform, detect
-from ..registry import Kernel, explain, kernels
+from ..registry import Kernel, QuantizerTolerance, explain, kernels
 from ..tensor import BlockScaled
 from .cases import Case, cases
 from .operands import RMS_EPS, SWIGLU_LIMIT, Expected, Operands, expected, make
+from .tolerance import Found, beyond
 
 
 @dataclass(frozen=True)
@@ -115,25 +120,35 @@ def check(
     An exception is a failure, not an end: the report goes on with the next case.
     """
     operands = operands or make(case)
+    tolerance: QuantizerTolerance | None = getattr(kernel, "quantizer_tolerance", None)
     try:
         with _poisoned():
             got = _compute(kernel, case, operands, device)
+            own = _own_activations(kernel, case, operands, device) if tolerance else None
     except Exception as e:
         return Failure(kernel.name, str(case), None, f"{type(e).__name__}: {e}", "a result"), float("inf")
+    found: Found
     if isinstance(got, BlockScaled):
-        exact = case.op == "quantize"
-        found = _differing_bytes(got, case, operands) if exact else _fused_errors(got, case, operands)
+        if case.op != "quantize":
+            found = _fused_errors(got, case, operands)
+        elif tolerance:
+            assert case.fmt is not None
+            found = beyond(tolerance, got, operands.x, case.fmt, operands.scale, operands.floor)
+        else:
+            found = _differing_bytes(got, case, operands)
     else:
-        extra = float(getattr(kernel, "accumulation_error", 0.0))
-        found = _over_bound(got, case, want or expected(case, operands), extra)
+        found = (None, "", "", 0.0)
+        if own is not None:
+            assert tolerance is not None
+            found = beyond(tolerance, own, operands.x, own.format, None, case.policy.act_floor)
+            want = expected(case, operands, reference.dequantize(own))
+        if found[0] is None:
+            extra = float(getattr(kernel, "accumulation_error", 0.0))
+            found = _over_bound(got, case, want or expected(case, operands), extra)
     coordinate, got_text, want_text, error = found
     if coordinate is None:
         return None, error
     return Failure(kernel.name, str(case), coordinate, got_text, want_text), error
-
-
-Found = tuple[list[int] | None, str, str, float]
-"""First or worst wrong coordinate (None: all right), what is there, what should be, error over its bound."""
 
 
 def _named(kernel: Kernel, name: str) -> bool:
@@ -170,6 +185,15 @@ def _compute(kernel: Kernel, case: Case, o: Operands, device: torch.device | str
         quantized = reference.quantize_activations(o.x, x_format, o.w, case.policy)
         return _on_cpu(kernel.run(problem, quantized.to(device), w))
     return _on_cpu(kernel.run(problem, x, w, None if o.bias is None else o.bias.to(device)))
+
+
+def _own_activations(kernel: Kernel, case: Case, o: Operands, device: torch.device | str) -> BlockScaled | None:
+    """What a kernel with a quantizer of its own multiplies; None where it takes x as it comes."""
+    own = getattr(kernel, "quantize_activations", None)
+    if own is None or o.w is None:
+        return None
+    q: BlockScaled = own(case.problem(), _to(o.x, device), o.w.to(device))
+    return q.to("cpu")
 
 
 def _to(x: Tensor, device: torch.device | str) -> Tensor:
