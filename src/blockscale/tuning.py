@@ -1,4 +1,4 @@
-"""Tile choice: pure functions from a shape, M and a platform to a config, over measured tables. Floor 3.
+"""Tile choice: pure functions from a shape, M and a platform to a config, over measured tables.
 
 Every choice carries `entry`, the name of the table row it came from, so that `explain` and benchmarks can say which
 was used. `Measured` rows come from a timed run on that device; `compiled` rows were only compiled ahead of time for

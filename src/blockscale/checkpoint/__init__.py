@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read, make, convert and check every block-scaled format. Floor 9."""
+"""Checkpoints on disk: read, make, convert and check every block-scaled format."""
 
 from .quantize import quantize_checkpoint
 from .reader import Checkpoint, StoredLayer, open_checkpoint

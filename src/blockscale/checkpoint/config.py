@@ -1,4 +1,4 @@
-"""What `config.json` says about quantization, read and written. Floor 9.
+"""What `config.json` says about quantization, read and written.
 
 Four dialects say the same few things: DeepSeek's `quant_method: fp8` (also Qwen3, MiniMax), `compressed-tensors`,
 ModelOpt (`quant_method: modelopt` or a file `hf_quant_config.json`), and `mxfp8` / `mxfp4`. A `QuantConfig` is what

@@ -1,4 +1,4 @@
-"""A quantized weight as the tensors that a checkpoint style stores. Floor 9."""
+"""A quantized weight as the tensors that a checkpoint style stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checkpoint tools refuse. All are CheckpointErrors, so commands exit with 2. Floor 9."""
+"""What the checkpoint tools refuse. All are CheckpointErrors, so commands exit with 2."""
 
 from __future__ import annotations
 

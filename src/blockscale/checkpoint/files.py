@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint folder, and bytes out of them. Floor 9.
+"""Which files make up a checkpoint folder, and bytes out of them.
 
 A name in an index is data from a stranger: it may only be the plain name of a file in the folder. A symbolic link
 may leave the folder in one way only, the way of the Hugging Face cache (`snapshots/<revision>/x -> ../../blobs/y`).

@@ -1,4 +1,4 @@
-"""The safetensors header, read with suspicion. Floor 9.
+"""The safetensors header, read with suspicion.
 
 A file is `u64 length | JSON | data`. Everything that the JSON claims is checked against the file before one byte of
 data is touched: sizes, order, overlaps, holes, names and dtypes. Nothing here can execute what it reads.

@@ -1,4 +1,4 @@
-"""Long work that can be killed at any moment: the engine under quantize, convert and dequantize. Floor 9.
+"""Long work that can be killed at any moment: the engine under quantize, convert and dequantize.
 
 A job writes into `DST.unfinished/` and renames it to DST when all is there, so DST is either absent or complete.
 

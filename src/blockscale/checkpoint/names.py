@@ -1,4 +1,4 @@
-"""Names of the parts of a stored weight: the only file that knows them. Floor 9.
+"""Names of the parts of a stored weight: the only file that knows them.
 
 Elsewhere `scale` multiplies and nothing else. On disk there are many words for it:
 

@@ -1,4 +1,4 @@
-"""Make a block-scaled checkpoint of a BF16, FP16 or FP32 one. Floor 9.
+"""Make a block-scaled checkpoint of a BF16, FP16 or FP32 one.
 
 Every decision is made from the source's headers (`plan_quantize`); then tensors stream through, a slab at a time.
 """

@@ -1,4 +1,4 @@
-"""Open a checkpoint and say what is stored, from its headers. Floor 9.
+"""Open a checkpoint and say what is stored, from its headers.
 
 `open_checkpoint` reads headers and configs only. What a weight is follows from its tensors; where the config says
 otherwise, that is an error that shows both. `load` then gives the bytes as stored.

@@ -1,4 +1,4 @@
-"""`quantization_report.json`: what the quantization changed. Floor 9."""
+"""`quantization_report.json`: what the quantization changed."""
 
 from __future__ import annotations
 

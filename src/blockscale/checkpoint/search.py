@@ -1,4 +1,4 @@
-"""Scales with the least square error, by search: an option of `quantize`. Floor 9.
+"""Scales with the least square error, by search: an option of `quantize`.
 
 The largest magnitude of a block fixes its scale by default, and for 8-bit floats that is hard to beat: an element's
 error is relative to itself. For 4-bit elements, and for heavy-tailed blocks, a smaller scale that clips the largest

@@ -1,4 +1,4 @@
-"""Tensors to work on, a slab of rows at a time, so that memory does not grow with the model. Floor 9."""
+"""Tensors to work on, a slab of rows at a time, so that memory does not grow with the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a quantization changed a tensor: the numbers of the report. Floor 9."""
+"""How much a quantization changed a tensor: the numbers of the report."""
 
 from __future__ import annotations
 

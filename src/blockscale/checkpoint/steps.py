@@ -1,4 +1,4 @@
-"""What can be done to one tensor on its way into a shard. Floor 9.
+"""What can be done to one tensor on its way into a shard.
 
 A step knows what it will write before it reads anything, so a shard can be laid out; it then streams slabs.
 """

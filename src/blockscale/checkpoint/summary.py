@@ -1,4 +1,4 @@
-"""What `inspect` tells about a checkpoint, from its headers alone. Floor 9."""
+"""What `inspect` tells about a checkpoint, from its headers alone."""
 
 from __future__ import annotations
 

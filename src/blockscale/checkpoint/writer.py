@@ -1,4 +1,4 @@
-"""Write one safetensors shard, piece by piece and atomically. Floor 9.
+"""Write one safetensors shard, piece by piece and atomically.
 
 The header comes first, so shapes must be known before data: a shard is laid out from its specs, and pieces of any
 tensor may then arrive in turn. The file gets its name only when every byte is on the disk.

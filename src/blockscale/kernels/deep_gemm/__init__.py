@@ -1,4 +1,4 @@
-"""DeepGEMM (optional import) as one more kernel: its fp8_gemm_nt on sm_90. Floor 4.
+"""DeepGEMM (optional import) as one more kernel: its fp8_gemm_nt on sm_90.
 
 `matmul` only: fp8_gemm_nt adds no bias and rounds to bfloat16, so a `linear` with a bias would be rounded twice.
 Source of the operand contract: DeepGEMM's README (column-major fp32 activation scales, 16-byte aligned columns).

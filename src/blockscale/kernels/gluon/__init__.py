@@ -1,4 +1,4 @@
-"""Hopper kernels written in Gluon: FP8 with 1x128 activation scales times 128x128 weight scales, for sm_90. Floor 4.
+"""Hopper kernels written in Gluon: FP8 with 1x128 activation scales times 128x128 weight scales, for sm_90.
 
 `gluon.decode` serves a decode step's tokens, `gluon.prefill` more; `heuristic.py` chooses the configuration of each
 launch. Triton is imported when a kernel first runs.

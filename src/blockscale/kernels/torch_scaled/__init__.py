@@ -1,4 +1,4 @@
-"""cuBLASLt's block scaling through torch.nn.functional.scaled_mm: Hopper, CUDA 12.9 or newer. Floor 4.
+"""cuBLASLt's block scaling through torch.nn.functional.scaled_mm: Hopper, CUDA 12.9 or newer.
 
 Needs no Triton, so it is what a Hopper machine without Triton gets. Activations are quantized with torch operations.
 """

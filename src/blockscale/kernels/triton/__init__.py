@@ -1,4 +1,4 @@
-"""Portable Triton kernels: native fp8 where the chip has it, integer codec where it has not. Floor 4.
+"""Portable Triton kernels: native fp8 where the chip has it, integer codec where it has not.
 
 `triton.block` serves every platform that Triton generates code for and every format; `triton.fnuz` is the same for
 chips whose matrix instructions take E4M3FNUZ (gfx942). Two variants wait to be ordered: `triton.codec` uses no fp8

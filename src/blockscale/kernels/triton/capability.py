@@ -1,4 +1,4 @@
-"""Which FP8 instructions a platform has, as Triton reaches them: pure functions of `Platform`. Floor 4.
+"""Which FP8 instructions a platform has, as Triton reaches them: pure functions of `Platform`.
 
 The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`).
 """

@@ -1,4 +1,4 @@
-"""8- and 4-bit floats as integers: encode and decode inside Triton without an fp8 type. Floor 4.
+"""8- and 4-bit floats as integers: encode and decode inside Triton without an fp8 type.
 
 Chips without FP8 instructions reject the fp8 types outright, and where casts exist some are wrong (no saturation,
 double rounding). Integer operations are the same everywhere, so these are bit-exact on every target. An `ELEMENT`

@@ -1,4 +1,4 @@
-"""Launch dense multiplications: how operands are read, which kernel, which tile, which memory. Floor 4.
+"""Launch dense multiplications: how operands are read, which kernel, which tile, which memory.
 
 Nothing waits for the device; workspaces come from torch's caching allocator and live as long as the call (inside a
 captured graph: as long as the graph), so replays and streams cannot meet in them.

@@ -1,4 +1,4 @@
-"""Dense multiplication kernels: pointers everywhere, block copies (TMA) where the chip has them. Floor 4.
+"""Dense multiplication kernels: pointers everywhere, block copies (TMA) where the chip has them.
 
 `y[m, n] = sum over K steps of (x . w) * x scale * w scale`, fp32 sums, one rounding at the end. Split-K is
 deterministic: every slice writes its fp32 partial sums, and the program that arrives last adds them in order of

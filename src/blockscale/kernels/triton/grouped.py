@@ -1,4 +1,4 @@
-"""Launch multiplications by experts: rows sorted, masked, or in (row, expert) pairs. Floor 4.
+"""Launch multiplications by experts: rows sorted, masked, or in (row, expert) pairs.
 
 The host never learns how many rows an expert got: grids are upper bounds from shapes, so calls can be captured.
 """

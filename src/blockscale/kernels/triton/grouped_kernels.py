@@ -1,4 +1,4 @@
-"""One multiplication for each expert, in one launch and without asking the host who got how many rows. Floor 4.
+"""One multiplication for each expert, in one launch and without asking the host who got how many rows.
 
 ROWS says how rows find their expert. "sorted": rows lie sorted by expert and `offsets[e]` is the end of expert e's
 slice; programs are numbered past all tiles that could be needed and each finds its own. "masked": every expert owns

@@ -1,4 +1,4 @@
-"""Launch the quantize kernels: which one, which tile, which memory. Floor 4.
+"""Launch the quantize kernels: which one, which tile, which memory.
 
 Nothing here waits for the device, and all memory comes from torch's caching allocator, so that every call can be
 captured in a CUDA graph.

@@ -1,4 +1,4 @@
-"""Triton kernels that quantize: tiles of groups, whole blocks, whole tensors. `quantize.py` launches them. Floor 4.
+"""Triton kernels that quantize: tiles of groups, whole blocks, whole tensors. `quantize.py` launches them.
 
 All of them follow `reference.quantize` to the byte: IEEE divisions, round to nearest even, the sign of zero kept,
 non-finite values left out of amax and stored as NaN. Constexprs that recur:

@@ -1,4 +1,4 @@
-"""The inner loop that dense and grouped multiplications share: load, decode, multiply, promote with scales. Floor 4.
+"""The inner loop that dense and grouped multiplications share: load, decode, multiply, promote with scales.
 
 Constexprs that recur:
 

@@ -2,7 +2,7 @@
 
 The package is loaded by `platform.detect` on an XPU and by nobody else. What each op needs and gets wrong is written
 where its adapter is: `contract` (schemas), `quantize`, `multiply`, `grouped`. Nothing here has run on Intel hardware
-yet: docs/xpu.md says what was checked instead, and how to check it there. Floor 4.
+yet: docs/xpu.md says what was checked instead, and how to check it there.
 """
 
 from __future__ import annotations

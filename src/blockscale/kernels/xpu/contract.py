@@ -1,4 +1,4 @@
-"""The ops of the package vllm-xpu-kernels as our adapters know them, and the check that they still are. Floor 4.
+"""The ops of the package vllm-xpu-kernels as our adapters know them, and the check that they still are.
 
 The package's interface moves between releases. Each adapter is written for one schema; a platform says which schema
 is installed, and a difference is a refusal that shows both. What the ops do beyond their schemas is below, and the

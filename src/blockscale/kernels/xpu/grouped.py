@@ -1,4 +1,4 @@
-"""Experts by vllm-xpu-kernels: a CUTLASS grouped GEMM for unquantized activations, a batched one for few rows. Floor 4.
+"""Experts by vllm-xpu-kernels: a CUTLASS grouped GEMM for unquantized activations, a batched one for few rows.
 
 `cutlass_grouped_gemm_interface` takes 16-bit activations only (W8A16, W4A16), rows sorted by expert and int32 counts.
 FP8 weights are [E, K, N] with scales [E, K / 128, N / 128] (layout "kn"), MXFP4 weights [E, N, K / 2] with bytes

@@ -1,4 +1,4 @@
-"""Dense multiplications by oneDNN as vllm-xpu-kernels exposes it. Floor 4.
+"""Dense multiplications by oneDNN as vllm-xpu-kernels exposes it.
 
 `fp8_gemm` takes A [M, K], B [K, N] (a transposed view is fine) and contiguous scales: layout "col_scales" is exactly
 that, so no weight is copied. Its modes are guessed from shapes, and the guesses decide what is done here:

@@ -1,4 +1,4 @@
-"""Quantizers of vllm-xpu-kernels behind our definition. Floor 4.
+"""Quantizers of vllm-xpu-kernels behind our definition.
 
 What the ops do that the definition does not, and what is done about it:
 
