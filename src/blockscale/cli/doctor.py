@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..conformance import cases, check
@@ -64,9 +65,20 @@ def examine(device: str) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     out = console()
     out.print(f"platform  {report['platform']}", highlight=False)
-    table = Table("op", "kernel", "state", "error / bound", "why not")
+    table = Table("op", "kernel", "state", "error / bound")
     for row in report["kernels"]:
-        state = "runs" if row["ran"] else ("[red]BROKEN[/red]" if row["accepted"] else "refuses")
-        error = "" if row["max_error"] is None else f"{row['max_error']:.2g}"
-        table.add_row(row["op"], row["kernel"], state, error, "\n".join(row["reasons"]))
+        if row["accepted"]:
+            error = "" if row["max_error"] is None else f"{row['max_error']:.2g}"
+            table.add_row(row["op"], row["kernel"], "runs" if row["ran"] else "[red]BROKEN[/red]", error)
     out.print(table)
+    for row in report["kernels"]:
+        if row["accepted"] and not row["ran"]:
+            out.print(
+                f"[red]BROKEN[/red] {row['op']} {row['kernel']}: {escape('; '.join(row['reasons']))}", highlight=False
+            )
+    out.print("does not serve this device (every reason: --json, or blockscale explain)")
+    refusing = {row["kernel"]: row for row in report["kernels"] if not row["accepted"]}
+    usable = {row["kernel"] for row in report["kernels"] if row["accepted"]}
+    for name, row in refusing.items():
+        if name not in usable:
+            out.print(f"  {name}: {escape(row['reasons'][0])}", highlight=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
+from rich.markup import escape
 
 from ..errors import BlockscaleError, NoKernelError
 from ..formats import get_format
@@ -102,8 +102,8 @@ def _show(problem: Problem, platform: Platform, kernel: str | None, count: int) 
     out.print(f"\n{problem}{times}\non {platform}", highlight=False)
     plan, why = _plan(problem, platform, kernel)
     out.print(f"plan: {plan}" if plan else f"[red]{why}[/red]", highlight=False)
-    table = Table("kernel", "", "why not, or what it does besides")
     for decision in explain(problem, platform):
         mark = "[green]accepts[/green]" if decision.accepted else "refuses"
-        table.add_row(decision.kernel.name, mark, "\n".join(decision.reasons or decision.notes))
-    out.print(table)
+        out.print(f"  {mark}  {decision.kernel.name}", highlight=False)
+        for line in decision.reasons or decision.notes:
+            out.print(f"             - {escape(line)}", highlight=False)
