@@ -28,7 +28,7 @@ import torch
 
 from blockscale import reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
 from blockscale.platform import detect
 from blockscale.tensor import BlockScaled
@@ -132,7 +132,7 @@ def candidates(m: int, n: int, k: int, xs: Any, ws: Any, tickets: torch.Tensor) 
     """Tiles that tuning might take, by the path that they serve."""
     p = detect("cuda")
     tma = gemm_tile("tma", m, n, k, 128, p)
-    codec = gemm_tile("codec", m, n, k, 128, gemm.without_fp8(p))
+    codec = gemm_tile("codec", m, n, k, 128, capability.without_fp8(p))
     tries = []
     if m > 64:
         bases = [(128, 128, 8, 4, 1), (128, 128, 8, 5, 1), (128, 128, 8, 4, 0), (64, 128, 4, 4, 2), (64, 128, 4, 3, 3),
@@ -216,7 +216,7 @@ def quantize_groups(quick: bool, sweep: bool) -> Iterator[Group]:
             "row": lambda i, xs=xs: q.quantize(xs[i], fmt, p),
             "tma": lambda i, xs=xs: q.quantize(xs[i], fmt, p, layout="tma"),
             "ue8m0x4": lambda i, xs=xs: q.quantize(xs[i], ue, p, layout="ue8m0x4"),
-            "codec": lambda i, xs=xs: q.quantize(xs[i], fmt, gemm.without_fp8(p), layout="tma"),
+            "codec": lambda i, xs=xs: q.quantize(xs[i], fmt, capability.without_fp8(p), layout="tma"),
             "swiglu": lambda i, w=wide: q.swiglu_quantize(w[i], fmt, p, layout="tma"),
             "rmsnorm": lambda i, xs=xs, w=weight: q.rmsnorm_quantize(xs[i], w, 1e-6, fmt, p, layout="tma"),
             "copy": lambda i, xs=xs, o=out: o.copy_(xs[i]),

@@ -21,7 +21,7 @@ import triton.language as tl
 import blockscale
 from blockscale import conformance, layouts, reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
 from blockscale.kernels.triton.codec import decode, encode
 from blockscale.numerics import get_numerics
@@ -97,7 +97,7 @@ def check_quantize() -> Iterator[str]:
         ):
             fmt, given = get_format(name), x.to(dtype)
             want = reference.quantize(given, fmt)
-            for platform in (p, gemm.without_fp8(p)):
+            for platform in (p, capability.without_fp8(p)):
                 got = q.quantize(given.cuda(), fmt, platform)
                 data, scale = same(got.data, want.data), same(got.scale, want.scale)
                 if data or scale:

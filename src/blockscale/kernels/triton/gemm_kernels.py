@@ -106,6 +106,7 @@ def gemm_kernel(
     BIAS: tl.constexpr,
     X_LEVEL: tl.constexpr,
     W_LEVEL: tl.constexpr,
+    LIFT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -142,7 +143,7 @@ def gemm_kernel(
     if mine:
         acc = end_scales(
             acc, sx_ptr, x_row, sx_m, sw_ptr, sw_row, sw_n, x_level_ptr, w_level_ptr,
-            X_SCALE, W_SCALE, SX_KIND, SW_KIND, X_LEVEL, W_LEVEL, SWAP,
+            X_SCALE, W_SCALE, SX_KIND, SW_KIND, X_LEVEL, W_LEVEL, LIFT, SWAP,
         )  # fmt: skip
         store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
 

@@ -36,11 +36,13 @@ def quantize(
     layout: str = "row",
     level: Tensor | None = None,
     tickets: Tensor | None = None,
+    values: torch.dtype | None = None,
 ) -> BlockScaled:
     """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
 
     scale: a given grid makes it static. level: NVFP4's global scale, if known. tickets: int32 that is zeroed on the
-    way, for a split-K multiplication that follows (formats that `is_grouped` only).
+    way, for a split-K multiplication that follows. values: hold codes as values of this 16- or 32-bit dtype instead
+    of bytes, for the multiplication that follows and nobody else. The last two: formats that `is_grouped` only.
     """
     x = _rows_dense(x)
     rows, cols = x.shape
@@ -50,7 +52,9 @@ def quantize(
     if is_grouped(fmt):
         if fmt.two_level and level is None:
             level = _nvfp4_level(x, fmt)
-        return _groups(x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets)
+        return _groups(
+            x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets, values=values
+        )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
     how = _how(fmt, rounding, layout, platform)
     s_r, s_g, pack4 = _scale_strides(scales, layout)
@@ -142,11 +146,14 @@ def _groups(
     level: Tensor | None = None,
     fused: dict[str, Any] | None = None,
     tickets: Tensor | None = None,
+    values: torch.dtype | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = _how(fmt, rounding, layout, platform)
+    if values is not None:
+        data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
     tile = quantize_tile(rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4"))
@@ -237,7 +244,7 @@ def _even(cols: int, group: int) -> bool:
 
 
 def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:
-    return data if how["OUT"] == "native" else data.view(torch.uint8)
+    return data if how["OUT"] in ("native", "value") else data.view(torch.uint8)
 
 
 def _bytes(scales: Tensor) -> Tensor:
