@@ -92,8 +92,9 @@ def matmul(
         if tma:
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
             kernels.tma_kernel[(programs, tile.split)](
-                _blocks(x_data, tile.bm), _blocks(w_data, tile.bn), y, bias, sx[0], sw, part, tickets, m, n, k,
-                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"], **common,
+                _blocks(x_data, tile.bm), _blocks(w_data, tile.bn // 2 if tile.halves else tile.bn), y, bias, sx[0], sw, part, tickets, m, n, k,
+                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"], HALVES=tile.halves,
+                maxnreg=tile.registers or None, **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)

@@ -16,7 +16,7 @@ from ...formats import Format, ScaleRounding
 from ...numerics import DEFAULT_FLOOR
 from ...platform import Platform
 from ...tensor import BlockScaled
-from ...tuning import quantize_tile
+from ...tuning import QuantizeTile, quantize_tile
 from . import capability
 from . import quantize_kernels as kernels
 from .capability import is_grouped
@@ -37,6 +37,7 @@ def quantize(
     level: Tensor | None = None,
     tickets: Tensor | None = None,
     values: torch.dtype | None = None,
+    tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
 
@@ -72,7 +73,8 @@ def quantize(
             grid = fmt.scale_shape(rows, cols)
             kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
-                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
+                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
+                R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -124,7 +126,8 @@ def rmsnorm_quantize(
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group), G=min(tile, _pow2(padded_groups)), C=_pow2(group),
+            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group),
+            G=min(tile, _pow2(padded_groups)), C=_pow2(group),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -147,6 +150,7 @@ def _groups(
     fused: dict[str, Any] | None = None,
     tickets: Tensor | None = None,
     values: torch.dtype | None = None,
+    tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
@@ -156,7 +160,9 @@ def _groups(
         data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
-    tile = quantize_tile(rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4"))
+    tile = tile or quantize_tile(
+        rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
+    )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     with on_device(x):
         kernels.group_kernel[(-(-padded_groups // tile.groups) * -(-padded_rows // tile.rows),)](
@@ -164,7 +170,8 @@ def _groups(
             data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
             tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
             WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group), num_warps=tile.warps,
+            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group),
+            num_warps=tile.warps,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 
