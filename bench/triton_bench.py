@@ -28,11 +28,11 @@ import torch
 
 from blockscale import reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
 from blockscale.platform import detect
 from blockscale.tensor import BlockScaled
-from blockscale.tuning import gemm_tile
+from blockscale.tuning import GemmTile, QuantizeTile, gemm_tile
 from triton_checks import run_checks
 
 L2_BYTES = 200 << 20
@@ -100,8 +100,8 @@ def row_error(x: BlockScaled | torch.Tensor, w: BlockScaled) -> Callable[[Any], 
 def gemm_groups(quick: bool, sweep: bool) -> Iterator[Group]:
     """Multiplication of quantized operands: native, codec, bf16, DeepGEMM."""
     p, peer = detect("cuda"), deep_gemm()
-    for n, k in SHAPES[-1:] if quick else SHAPES:
-        for m in (1, 16, 64, 512, 4096):
+    for n, k in SHAPES[-1:] if quick else SHAPES[1::3] + SHAPES[2:3] if sweep else SHAPES:
+        for m in (1, 512, 4096) if sweep else (1, 16, 64, 512, 4096):
             sets = max(2, min(48, -(-L2_BYTES // (n * k + m * k + 2 * m * n))))
             ws, xs = weights(n, k, sets), activations(m, k, sets)
             dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, sets // 2))]
@@ -132,46 +132,46 @@ def candidates(m: int, n: int, k: int, xs: Any, ws: Any, tickets: torch.Tensor) 
     """Tiles that tuning might take, by the path that they serve."""
     p = detect("cuda")
     tma = gemm_tile("tma", m, n, k, 128, p)
-    codec = gemm_tile("codec", m, n, k, 128, gemm.without_fp8(p))
-    tries = []
+    codec = gemm_tile("codec", m, n, k, 128, capability.without_fp8(p))
+    tries: list[tuple[bool, GemmTile]] = []
     if m > 64:
-        bases = [(128, 128, 8, 4, 1), (128, 128, 8, 5, 1), (128, 128, 8, 4, 0), (64, 128, 4, 4, 2), (64, 128, 4, 3, 3),
-                 (128, 64, 4, 4, 2), (128, 256, 8, 3, 1), (64, 256, 4, 4, 1)]  # fmt: skip
-        for bm, bn, warps, stages, programs in bases:
-            if bn <= 128:
-                tries.append((True, replace(tma, bm=bm, bn=bn, warps=warps, stages=stages, programs=programs)))
-        if m <= 512:
-            tries += [
-                (True, replace(tma, bm=64, bn=bn, warps=4, stages=4, programs=0, split=s))
-                for bn, s in ((64, 1), (64, 2), (128, 2))
-            ]
+        for bm, bn, warps, stages, programs, halves, registers in (
+            (128, 128, 8, 4, 1, False, 0), (128, 64, 4, 4, 2, False, 0), (128, 64, 4, 3, 3, False, 168),
+            (128, 128, 8, 3, 2, True, 128), (128, 128, 8, 3, 2, False, 128), (128, 256, 8, 4, 1, True, 0),
+        ):  # fmt: skip
+            how = {"halves": halves, "registers": registers, "programs": programs, "warps": warps, "stages": stages}
+            tries.append((True, replace(tma, bm=bm, bn=bn, **how)))
         for bm, bn, bk, warps, stages in (
-            (128, 128, 64, 8, 3),
-            (128, 128, 64, 4, 3),
-            (128, 256, 64, 8, 3),
-            (128, 128, 128, 8, 3),
-        ):
+            (128, 128, 128, 8, 3), (128, 64, 128, 4, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4),
+        ):  # fmt: skip
             tries.append((False, replace(codec, bm=bm, bn=bn, bk=bk, warps=warps, stages=stages)))
     else:
         for split in (1, 2, 4, 8):
-            for bn, stages in ((64, 5), (64, 6), (128, 4)):
-                if split * 2 <= k // 128:
-                    tries.append((True, replace(tma, bn=bn, stages=stages, split=split)))
-            for bn, swap, stages in ((64, True, 4), (64, False, 4), (32, False, 4), (128, True, 4)):
-                if split * 2 <= k // 128:
-                    tries.append((False, replace(codec, bn=bn, swap=swap, stages=stages, split=split)))
+            for bn, bk, warps, stages in (
+                (64, 128, 4, 4),
+                (64, 128, 4, 6),
+                (32, 128, 4, 4),
+                (128, 128, 4, 4),
+                (64, 256, 4, 3),
+            ):
+                if split * 4 <= k // 128:
+                    tries.append(
+                        (False, replace(codec, bn=bn, bk=min(bk, 128), warps=warps, stages=stages, split=split))
+                    )
     for native, tile in tries:
-        name = f"{'tma' if native else 'codec'} {tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages} p{tile.programs} split{tile.split}{' swap' if tile.swap else ''}"
-        yield (
-            name,
-            lambda i, native=native, tile=tile: gemm.matmul(xs[i], ws[i], p, native=native, tile=tile, tickets=tickets),
-        )
+        name = f"{'tma' if native else 'codec'} {tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages} "
+        name += f"p{tile.programs} r{tile.registers} split{tile.split}{' halves' * tile.halves}{' swap' * tile.swap}"
+
+        def call(i: int, native: bool = native, tile: GemmTile = tile) -> torch.Tensor:
+            return gemm.matmul(xs[i], ws[i], p, native=native, tile=tile, tickets=tickets)
+
+        yield name, call
 
 
 def grouped_groups(quick: bool, sweep: bool) -> Iterator[Group]:
     """Experts: 32 of them, 8192 rows, and a decode batch."""
     p, peer = detect("cuda"), deep_gemm()
-    for n, k, t in ((4096, 7168, 8192), (7168, 2048, 8192), (4096, 7168, 64)):
+    for n, k, t in ((4096, 7168, 8192), (7168, 2048, 8192), (4096, 7168, 64))[2 * sweep :]:
         experts, sets = 32, 2
         ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(t // experts)
         offsets = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (t // experts)
@@ -187,7 +187,7 @@ def grouped_groups(quick: bool, sweep: bool) -> Iterator[Group]:
                 out = torch.empty(t, n, device="cuda", dtype=torch.bfloat16)
                 calls["deep_gemm"] = lambda i, xs=xs, ws=ws, o=out, e=ids: (
                     peer.m_grouped_fp8_gemm_nt_contiguous(
-                        (xs[i].data, xs[i].scale.mT[:t]), (ws[i].data, ws[i].scale), o, e, disable_ue8m0_cast=True
+                        (xs[i].data, xs[i].scale.mT[: o.shape[0]]), (ws[i].data, ws[i].scale), o, e, disable_ue8m0_cast=True
                     ), o,
                 )[1]  # fmt: skip
             first = row_error(_rows(xs[0], t // experts), ws[0][0])
@@ -205,18 +205,39 @@ def quantize_groups(quick: bool, sweep: bool) -> Iterator[Group]:
     from triton_checks import empty_kernel
 
     p, fmt, ue = detect("cuda"), get_format("fp8_1x128"), get_format("fp8_1x128_ue8m0")
-    for m, k in ((8192, 7168), (1, 7168), (8192, 2048)):
+    for m, k in ((8192, 7168), (1, 7168)) if sweep else ((8192, 7168), (1, 7168), (8192, 2048)):
         sets = 3 if m > 1 else 8
         xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
         out = torch.empty_like(xs[0])
         wide = [torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
         weight = torch.rand(k, device="cuda", dtype=torch.bfloat16)
         ticket = torch.zeros(1, device="cuda", dtype=torch.int32)
-        yield Group(f"quantize {m}x{k}", sets, {
+        tiles = (
+            ((1, 1, 1), (1, 4, 1), (1, 2, 2), (1, 8, 4), (1, 4, 4))
+            if m == 1
+            else (
+                (8, 4, 4),
+                (16, 4, 4),
+                (4, 16, 8),
+                (8, 8, 8),
+                (8, 8, 4),
+                (2, 16, 4),
+                (4, 4, 4),
+                (8, 2, 2),
+                (2, 32, 8),
+                (4, 8, 2),
+            )
+        )
+        calls: Calls = {
+            f"sweep {layout} {t}": lambda i, xs=xs, t=t, layout=layout: q.quantize(
+                xs[i], fmt, p, layout=layout, tile=QuantizeTile(*t, "sweep"))
+            for layout in ("row", "tma") for t in tiles
+        } if sweep else {}  # fmt: skip
+        yield Group(f"quantize {m}x{k}", sets, calls | {
             "row": lambda i, xs=xs: q.quantize(xs[i], fmt, p),
             "tma": lambda i, xs=xs: q.quantize(xs[i], fmt, p, layout="tma"),
             "ue8m0x4": lambda i, xs=xs: q.quantize(xs[i], ue, p, layout="ue8m0x4"),
-            "codec": lambda i, xs=xs: q.quantize(xs[i], fmt, gemm.without_fp8(p), layout="tma"),
+            "codec": lambda i, xs=xs: q.quantize(xs[i], fmt, capability.without_fp8(p), layout="tma"),
             "swiglu": lambda i, w=wide: q.swiglu_quantize(w[i], fmt, p, layout="tma"),
             "rmsnorm": lambda i, xs=xs, w=weight: q.rmsnorm_quantize(xs[i], w, 1e-6, fmt, p, layout="tma"),
             "copy": lambda i, xs=xs, o=out: o.copy_(xs[i]),
@@ -227,7 +248,7 @@ def quantize_groups(quick: bool, sweep: bool) -> Iterator[Group]:
 SECTIONS = {"quantize": quantize_groups, "gemm": gemm_groups, "grouped": grouped_groups}
 
 
-def time_group(group: Group, rounds: int = 11, target_us: float = 1500.0) -> dict[str, Any]:
+def time_group(group: Group, rounds: int = 9, target_us: float = 1000.0) -> dict[str, Any]:
     """{name: median microseconds a call, or the reason why it was not timed}."""
     out: dict[str, Any] = {}
     graphs: dict[str, tuple[Any, int]] = {}
@@ -328,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
                          stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         for i in range(processes)
     ]  # fmt: skip
-    checks = {} if chosen.no_checks else run_checks(processes=8, quick=chosen.quick)
+    checks = {} if chosen.no_checks else run_checks(8, chosen.check_seconds, quick=chosen.quick)
     for line in checks.get("lines", []):
         print(line, flush=True)
     for process in warmers:

@@ -21,15 +21,12 @@ import triton.language as tl
 import blockscale
 from blockscale import conformance, layouts, reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
-from blockscale.kernels.triton.codec import decode, encode
+from blockscale.kernels.triton.codec import decode, decode_ptx, encode
 from blockscale.numerics import get_numerics
 from blockscale.platform import detect
 from blockscale.registry import explain
-
-SHARD_S = 150.0
-"""A shard of the conformance suite stops here; it says how far it came."""
 
 
 @triton.jit
@@ -46,7 +43,10 @@ def encode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def decode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(y_ptr + at, decode(tl.load(x_ptr + at), ELEMENT, y_ptr.dtype.element_ty))
+    if ELEMENT == "ptx":
+        tl.store(y_ptr + at, decode_ptx(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+    else:
+        tl.store(y_ptr + at, decode(tl.load(x_ptr + at), ELEMENT, y_ptr.dtype.element_ty))
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -76,6 +76,18 @@ def check_codec() -> Iterator[str]:
                 yield f"{fmt.element.name} -> {dtype}: differs"
 
 
+def check_ptx() -> Iterator[str]:
+    """The four-at-a-time decoder on all bytes."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    want = codes.view(torch.float8_e4m3fn).float()
+    for dtype, lift in ((torch.float16, 256.0), (torch.bfloat16, 1.0)):
+        got = torch.empty(256, dtype=dtype, device="cuda")
+        decode_kernel[(1,)](codes.cuda(), got, ELEMENT="ptx", N=256)
+        bad = (got.float().cpu() * lift).nan_to_num(1e9) != want.nan_to_num(1e9)
+        if bad.any():
+            yield f"{dtype}: {bad.nonzero().flatten().tolist()[:8]} decode to {got.float().cpu()[bad][:8].tolist()}"
+
+
 def check_quantize() -> Iterator[str]:
     """Native casts and fused division against the reference's bytes: random, tiny, huge, tied, non-finite, -0."""
     p = detect("cuda")
@@ -97,7 +109,7 @@ def check_quantize() -> Iterator[str]:
         ):
             fmt, given = get_format(name), x.to(dtype)
             want = reference.quantize(given, fmt)
-            for platform in (p, gemm.without_fp8(p)):
+            for platform in (p, capability.without_fp8(p)):
                 got = q.quantize(given.cuda(), fmt, platform)
                 data, scale = same(got.data, want.data), same(got.scale, want.scale)
                 if data or scale:
@@ -165,13 +177,13 @@ def check_repeat() -> Iterator[str]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {
-    "codec": check_codec, "quantize bytes": check_quantize, "CUDA graph": check_graph,
+    "codec": check_codec, "PTX decoder": check_ptx, "quantize bytes": check_quantize, "CUDA graph": check_graph,
     "torch.compile": check_compile, "determinism": check_repeat,
 }  # fmt: skip
 
 
-def shard(rank: int, count: int, quick: bool) -> dict[str, Any]:
-    """Conformance cases rank, rank + count, … of a shuffled list."""
+def shard(rank: int, count: int, seconds: float, quick: bool) -> dict[str, Any]:
+    """Conformance cases rank, rank + count, … of a shuffled list, until `seconds` are over."""
     platform, began = detect("cuda"), time.monotonic()
     cases = list(conformance.cases(quick=quick))
     random.Random(0).shuffle(cases)
@@ -182,7 +194,7 @@ def shard(rank: int, count: int, quick: bool) -> dict[str, Any]:
             d.kernel for d in explain(case.problem(), platform) if d.accepted and d.kernel.name.startswith("triton.")
         ]
         out["total"] += len(found)
-        if time.monotonic() - began > SHARD_S:
+        if time.monotonic() - began > seconds:
             continue
         for kernel in found:
             failure, error = conformance.check(kernel, case, "cuda")
@@ -191,15 +203,15 @@ def shard(rank: int, count: int, quick: bool) -> dict[str, Any]:
             key = f"{kernel.name} {case.op}"
             out["max_error"][key] = max(out["max_error"].get(key, 0.0), error)
             if failure:
-                out["failures"].append(f"{failure.kernel}: {failure.case} at {failure.coordinate}: got {failure.got[:200]}, "
-                                       f"want {failure.want[:80]} ({error:.3g} of the bound)")  # fmt: skip
+                where = f"{failure.kernel}: {failure.case} at {failure.coordinate}"
+                out["failures"].append(f"{where}: got {failure.got[-300:]}, want {failure.want[:80]} ({error:.3g})")
     return out
 
 
-def run_checks(processes: int = 8, *, quick: bool = False) -> dict[str, Any]:
+def run_checks(processes: int, seconds: float, *, quick: bool = False) -> dict[str, Any]:
     """Everything above. {"lines": what to print, "failed": number of failures, …}"""
     shards = [
-        subprocess.Popen([sys.executable, __file__, "--shard", f"{i}/{processes}", *["--quick"] * quick],
+        subprocess.Popen([sys.executable, __file__, f"--shard={i}/{processes}", f"--seconds={seconds}", *["--quick"] * quick],
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for i in range(processes)
     ]  # fmt: skip
@@ -216,7 +228,7 @@ def run_checks(processes: int = 8, *, quick: bool = False) -> dict[str, Any]:
     total: dict[str, Any] = {"cases": 0, "total": 0, "failures": [], "max_error": {}, "kernels": {}}
     for process in shards:
         try:
-            text, _ = process.communicate(timeout=SHARD_S + 60)
+            text, _ = process.communicate(timeout=seconds + 60)
             part = json.loads(text.strip().splitlines()[-1])
         except (subprocess.TimeoutExpired, ValueError, IndexError) as e:
             process.kill()
@@ -241,13 +253,15 @@ def run_checks(processes: int = 8, *, quick: bool = False) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--shard")
+    parser.add_argument("--shard", help="i/n: only conformance cases i, i + n, …; prints JSON")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long the conformance suite may take")
+    parser.add_argument("--processes", type=int, default=8)
     chosen = parser.parse_args()
     if chosen.shard:
         rank, count = map(int, chosen.shard.split("/"))
-        print("\n" + json.dumps(shard(rank, count, chosen.quick)))
+        print("\n" + json.dumps(shard(rank, count, chosen.seconds, chosen.quick)))
         return 0
-    result = run_checks(quick=chosen.quick)
+    result = run_checks(chosen.processes, chosen.seconds, quick=chosen.quick)
     print("\n".join(result["lines"]))
     return int(result["failed"] > 0)
 

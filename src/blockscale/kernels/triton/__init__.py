@@ -142,10 +142,10 @@ class Quantize(_Triton):
             yield f"given scales: only 8-bit elements in layout 'row', got {fmt} in {problem.layout!r}"
 
     def run(self, problem: Problem, x: Tensor, scale: Tensor | None, floor: float) -> BlockScaled:
-        from . import gemm, quantize
+        from . import quantize
 
         assert problem.format is not None
-        platform = detect(x.device) if self.native else gemm.without_fp8(detect(x.device))
+        platform = detect(x.device) if self.native else capability.without_fp8(detect(x.device))
         return quantize.quantize(
             x, problem.format, platform, scale=scale, scale_rounding=problem.scale_rounding, floor=floor,
             layout=problem.layout,

@@ -5,6 +5,8 @@ The table is measured by compiling ahead of time for every target (docs/platform
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...formats import Format
@@ -39,6 +41,11 @@ def native_load(platform: Platform, element: str) -> bool:
     return element == "fp8" and platform.capability >= 89
 
 
+def ptx_decode(platform: Platform, compute: torch.dtype) -> bool:
+    """Whether `codec.decode_ptx` decodes E4M3FN to this dtype here: exact, and faster than the chip's own conversion."""
+    return platform.capability >= (75 if compute == torch.float16 else 80) and compute != torch.float32
+
+
 def bf16_dot(platform: Platform) -> torch.dtype:
     """What bf16 operands are multiplied in: fp32 where there is no bf16 instruction (sm_75, Triton's interpreter)."""
     return torch.bfloat16 if platform.kind in KINDS and platform.arch != "sm_75" else torch.float32
@@ -62,3 +69,8 @@ def is_grouped(fmt: Format) -> bool:
 def scale_kind(fmt: Format, dtype: object) -> str:
     """How kernels read scales stored in this dtype: "e8m0" and "e4m3" come as bytes, "float" as values."""
     return {"torch.float8_e8m0fnu": "e8m0", "torch.float8_e4m3fn": "e4m3"}.get(str(dtype), "float")
+
+
+def without_fp8(platform: Platform) -> Platform:
+    """The same chip as if it had no fp8: what an owner of the generation before gets, on the chip at hand."""
+    return replace(platform, arch="sm_80") if platform.kind == "cuda" else platform

@@ -16,8 +16,9 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
-from .gemm import operand, quantize_activations, reading, scale_args, without_fp8
+from .capability import without_fp8
 from .grouped_kernels import grouped_kernel
+from .operands import operand, quantize_activations, reading, scale_args
 from .quantize import on_device
 
 Rows = Literal["sorted", "masked", "pairs"]

@@ -91,6 +91,7 @@ def grouped_kernel(
     COMPUTE: tl.constexpr,
     X_LEVEL: tl.constexpr,
     W_LEVEL: tl.constexpr,
+    LIFT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -131,6 +132,6 @@ def grouped_kernel(
             )  # fmt: skip
             acc = end_scales(
                 acc, sx_ptr, x_row, sx_m, sw_expert_ptr, sw_row, sw_n, sx_ptr, w_level_ptr,
-                X_SCALE, W_SCALE, SX_KIND, SW_KIND, X_LEVEL, W_LEVEL, SWAP,
+                X_SCALE, W_SCALE, SX_KIND, SW_KIND, X_LEVEL, W_LEVEL, LIFT, SWAP,
             )  # fmt: skip
             store_tile(acc, y_ptr, y_ptr, rm, rn, last, N, y_stride, False, SWAP)

@@ -16,7 +16,7 @@ from ...formats import Format, ScaleRounding
 from ...numerics import DEFAULT_FLOOR
 from ...platform import Platform
 from ...tensor import BlockScaled
-from ...tuning import quantize_tile
+from ...tuning import QuantizeTile, quantize_tile
 from . import capability
 from . import quantize_kernels as kernels
 from .capability import is_grouped
@@ -36,11 +36,14 @@ def quantize(
     layout: str = "row",
     level: Tensor | None = None,
     tickets: Tensor | None = None,
+    values: torch.dtype | None = None,
+    tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
 
     scale: a given grid makes it static. level: NVFP4's global scale, if known. tickets: int32 that is zeroed on the
-    way, for a split-K multiplication that follows (formats that `is_grouped` only).
+    way, for a split-K multiplication that follows. values: hold codes as values of this 16- or 32-bit dtype instead
+    of bytes, for the multiplication that follows and nobody else. The last two: formats that `is_grouped` only.
     """
     x = _rows_dense(x)
     rows, cols = x.shape
@@ -50,7 +53,9 @@ def quantize(
     if is_grouped(fmt):
         if fmt.two_level and level is None:
             level = _nvfp4_level(x, fmt)
-        return _groups(x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets)
+        return _groups(
+            x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets, values=values
+        )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
     how = _how(fmt, rounding, layout, platform)
     s_r, s_g, pack4 = _scale_strides(scales, layout)
@@ -68,7 +73,8 @@ def quantize(
             grid = fmt.scale_shape(rows, cols)
             kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
-                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4, R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
+                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
+                R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -120,7 +126,8 @@ def rmsnorm_quantize(
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group), G=min(tile, _pow2(padded_groups)), C=_pow2(group),
+            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group),
+            G=min(tile, _pow2(padded_groups)), C=_pow2(group),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -142,14 +149,20 @@ def _groups(
     level: Tensor | None = None,
     fused: dict[str, Any] | None = None,
     tickets: Tensor | None = None,
+    values: torch.dtype | None = None,
+    tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = _how(fmt, rounding, layout, platform)
+    if values is not None:
+        data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
-    tile = quantize_tile(rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4"))
+    tile = tile or quantize_tile(
+        rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
+    )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     with on_device(x):
         kernels.group_kernel[(-(-padded_groups // tile.groups) * -(-padded_rows // tile.rows),)](
@@ -157,7 +170,8 @@ def _groups(
             data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
             tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
             WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group), num_warps=tile.warps,
+            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group),
+            num_warps=tile.warps,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 
@@ -237,7 +251,7 @@ def _even(cols: int, group: int) -> bool:
 
 
 def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:
-    return data if how["OUT"] == "native" else data.view(torch.uint8)
+    return data if how["OUT"] in ("native", "value") else data.view(torch.uint8)
 
 
 def _bytes(scales: Tensor) -> Tensor:

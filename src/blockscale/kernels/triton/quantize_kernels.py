@@ -5,7 +5,8 @@ non-finite values left out of amax and stored as NaN. Constexprs that recur:
 
 ELEMENT, LIMIT: element name and its largest magnitude. ROUNDING, MAX_EXPONENT: how a scale is made from amax.
 SCALE_KIND: how it is stored: "float" (fp32), "e8m0" or "e4m3" (bytes). OUT: "codec" stores bytes that integer code
-made, "native" lets the chip cast, "fnuz" stores E4M3FNUZ bytes of E4M3FN values beside doubled scales.
+made, "native" lets the chip cast, "fnuz" stores E4M3FNUZ bytes of E4M3FN values beside doubled scales, "value" stores
+what the codes stand for as fp16 or bf16, for a multiplication that would decode them again in every tile.
 DIVIDE: "ieee", or "fma" where the target fuses multiply-adds: the same result in a third of the instructions.
 PACK4: scale bytes of four groups share a word ("ue8m0x4").
 """
@@ -24,12 +25,6 @@ from .codec import decode, decode_scale, encode, fn_to_fnuz, pack_fp4, pow2, pow
 def finite_or_nan(x):
     """fp32 with infinities made NaN, everything else as it was, -0 too: one instruction (inf * 0 is NaN)."""
     return tl.fma(x, 0.0, x)
-
-
-@triton.jit
-def magnitude(x):
-    """|x|, 0 for NaN."""
-    return tl.maximum(tl.abs(x), 0.0)
 
 
 @triton.jit
@@ -74,11 +69,15 @@ def store_codes(ptr, scaled, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
         code = encode(scaled, ELEMENT)
         if OUT == "fnuz":
             code = fn_to_fnuz(code)
+        elif OUT == "value":
+            code = decode(code, ELEMENT, ptr.dtype.element_ty)
     tl.store(ptr, code, mask=mask)
 
 
 @triton.jit
-def scale_of(amax, floor, LIMIT: tl.constexpr, ROUNDING: tl.constexpr, MAX_EXPONENT: tl.constexpr, DIVIDE: tl.constexpr):
+def scale_of(
+    amax, floor, LIMIT: tl.constexpr, ROUNDING: tl.constexpr, MAX_EXPONENT: tl.constexpr, DIVIDE: tl.constexpr
+):
     """Scale of blocks with this amax, fp32 (formats with one level of scales)."""
     amax = tl.maximum(amax, floor)
     if ROUNDING == "none":
@@ -142,7 +141,7 @@ def quantize_groups(
 ):
     """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside."""
     x = finite_or_nan(x)
-    amax = tl.max(magnitude(x), axis=2)
+    amax = tl.max(tl.abs(x), axis=2)  # max passes over NaN
     if ELEMENT == "fp4":
         whole = tl.min((x == x).to(tl.int32), axis=2) != 0  # FP4 has no NaN: the block's scale says it
     if SCALE_KIND == "e4m3":
@@ -346,7 +345,7 @@ def block_kernel(
         for c0 in range(block_c * block_cols, last_c, C):
             c = c0 + tl.arange(0, C)[None, :]
             x = tl.load(x_ptr + r * x_row + c, mask=(r < last_r) & (c < last_c), other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.max(magnitude(finite_or_nan(x)), axis=1), axis=0))
+            amax = tl.maximum(amax, tl.max(tl.max(tl.abs(finite_or_nan(x)), axis=1), axis=0))
     scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT, "ieee")
     if PACK4:
         at = (block_c // 4 * s_g + block_r) * 4 + block_c % 4
@@ -372,7 +371,7 @@ def amax_kernel(x_ptr, part_ptr, rows, cols, x_row, C: tl.constexpr):
             c = c0 + tl.arange(0, C)
             at = (tl.zeros([C], tl.int64) + row) * x_row + c
             x = tl.load(x_ptr + at, mask=c < cols, other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, magnitude(finite_or_nan(x)))
+            amax = tl.maximum(amax, tl.abs(finite_or_nan(x)))
     tl.store(part_ptr + tl.program_id(0), tl.max(amax, axis=0))
 
 

@@ -4,7 +4,8 @@ Constexprs that recur:
 
 X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
 multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
-"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE.
+"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx": E4M3FN bytes decoded four at a time,
+which in fp16 leaves a factor 2^-8 that LIFT takes back at the end.
 X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
 matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
@@ -14,13 +15,13 @@ SWAP: weight rows take the M side of the matrix instruction, for few tokens on c
 """
 
 # mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM108, SIM300 (branches on constexprs are chosen when a kernel is compiled)
+# ruff: noqa: SIM300 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_scale, unpack_fp4
+from .codec import decode, decode_ptx, decode_scale, unpack_fp4
 
 
 @triton.jit
@@ -60,6 +61,8 @@ def load_operand(
         tile = raw
     elif KIND == "cast":
         tile = raw.to(COMPUTE)
+    elif KIND == "ptx":
+        tile = decode_ptx(raw, COMPUTE)
     elif KIND == "fp4":
         tile = decode(unpack_fp4(raw), "fp4", COMPUTE)
     else:
@@ -182,6 +185,7 @@ def end_scales(
     SW_KIND: tl.constexpr,
     X_LEVEL: tl.constexpr,
     W_LEVEL: tl.constexpr,
+    LIFT: tl.constexpr,
     SWAP: tl.constexpr,
 ):
     """Scales that serve all of K, and NVFP4's second levels, on the finished sum."""
@@ -194,6 +198,8 @@ def end_scales(
             acc *= decode_scale(raw, SW_KIND)
         else:
             acc *= decode_scale(raw, SW_KIND)[:, None] if SWAP else decode_scale(raw, SW_KIND)[None, :]
+    if LIFT != 1.0:
+        acc *= LIFT
     if X_LEVEL:
         acc *= tl.load(x_level_ptr)
     if W_LEVEL:

@@ -8,7 +8,7 @@ import torch
 from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
-from blockscale.kernels.triton import KERNELS, gemm
+from blockscale.kernels.triton import KERNELS, gemm, operands
 from blockscale.numerics import get_numerics
 from blockscale.tuning import gemm_tile
 
@@ -92,8 +92,8 @@ def test_bytes_decoded_beforehand_give_the_same_result(platform, g, monkeypatch)
     w = reference.quantize(torch.randn(40, 256, generator=g), get_format("fp8_128x128"))
     xq = reference.quantize(torch.randn(5, 256, generator=g), get_format("fp8_1x128"))
     tile = gemm_tile("decoded", 100, 40, 256, 128, platform)
-    assert gemm.reading(xq, w, platform).path == "codec"
-    assert gemm.reading(xq, w, platform, decode_first=True).path == "decoded"
+    assert operands.reading(xq, w, platform).path == "codec"
+    assert operands.reading(xq, w, platform, decode_first=True).path == "decoded"
     in_the_loop = gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile)
     monkeypatch.setattr(gemm, "DECODE_FIRST", 1)
     assert torch.equal(gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile), in_the_loop)

@@ -5,7 +5,7 @@ import torch
 
 from blockscale import ShapeError, reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import gemm, grouped
+from blockscale.kernels.triton import grouped, operands
 from blockscale.numerics import get_numerics
 
 F16, F32 = torch.float16, torch.float32
@@ -22,7 +22,7 @@ def setting(name, policy, dtype, rows, platform, g):
     w = reference.quantize(torch.randn(E, N, K, generator=g), fmt)
     x = torch.randn(rows, K, generator=g).to(dtype)
     act = numerics.activation_format(fmt)
-    return w, numerics, x, x if act is None else gemm.quantize_activations(x, act, w, numerics, platform)
+    return w, numerics, x, x if act is None else operands.quantize_activations(x, act, w, numerics, platform)
 
 
 def assert_rows(y, want):

@@ -1,0 +1,162 @@
+"""How a multiplication reads its operands: as they are, decoded in the loop or beforehand, scaled where. Floor 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import Format
+from ...numerics import Numerics
+from ...platform import Platform
+from ...tensor import BlockScaled
+from ...tuning import GemmPath
+from . import capability
+from .capability import is_grouped, without_fp8
+from .gemm_kernels import decode_kernel
+from .quantize import on_device, quantize
+
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The constexprs of `tiles.accumulate` for two operands, and the path that tuning knows them by."""
+
+    path: GemmPath
+    constants: dict[str, Any]
+
+    @property
+    def span(self) -> int:
+        """Elements of K that share scales; 0: all."""
+        return int(self.constants["SPAN"])
+
+
+def quantize_activations(
+    x: Tensor,
+    fmt: Format,
+    w: BlockScaled,
+    numerics: Numerics,
+    platform: Platform,
+    *,
+    native: bool = True,
+    tickets: Tensor | None = None,
+) -> BlockScaled:
+    """x as `reference.quantize_activations` defines it, held as `reading` wants it. tickets: zeroed on the way.
+
+    Scales that are powers of two stay bytes only where they are folded into the operand, and codes stay codes only
+    where matrix instructions or folding take them: the numbers are the same.
+    """
+    if not native:
+        platform = without_fp8(platform)
+    layout = "fnuz" if w.layout == "fnuz" else "row"
+    if fmt.two_level:
+        return quantize(x, fmt, platform, level=w.input_scale)
+    if w.input_scale is not None and fmt.block == (None, None):
+        return quantize(x, fmt, platform, scale=w.input_scale.reshape(1, 1))
+    if not is_grouped(fmt):
+        return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout)
+    values = None
+    if not _powers(fmt, fmt.scale_dtype):
+        fmt = replace(fmt, scale_dtype=torch.float32)
+        element = "fp8fnuz" if layout == "fnuz" else fmt.element.name
+        if layout == "row":
+            layout = "tma"
+            values = None if _native(element, w, platform) else compute_dtype(False, w, platform)
+    return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout, tickets=tickets, values=values)
+
+
+def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, decode_first: bool = False) -> Reading:
+    """How x and w are read on this platform. Pure: looks at formats, layouts and dtypes, never at values."""
+    path: GemmPath
+    if isinstance(x, Tensor):
+        path, compute = "weight_only", x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
+        x_scale, x_group, x_kind = "none", 0, "value" if compute == x.dtype else "cast"
+    else:
+        path, compute = "codec", compute_dtype(_powers(x.format, x.scale.dtype), w, platform)
+        if x.data.dtype in _TL:
+            compute = x.data.dtype
+        elif _native(_element(x), w, platform):
+            path = "native"
+        if path != "native" and decode_first and x.format.element.bits == w.format.element.bits == 8:
+            path = "decoded"
+        x_scale, x_group = _scaling(x, compute, path)
+        x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
+        x_kind = x_kind or _kind(x, x_scale, compute, platform)
+    w_scale, w_group = _scaling(w, compute, path)
+    w_kind = "value" if path in ("native", "decoded") else _kind(w, w_scale, compute, platform)
+    loops = [group for how, group in ((x_scale, x_group), (w_scale, w_group)) if how == "loop"]
+    constants = {
+        "X_KIND": x_kind, "W_KIND": w_kind, "X_SCALE": x_scale, "W_SCALE": w_scale,
+        "SX_KIND": capability.scale_kind(x.format, x.scale.dtype) if isinstance(x, BlockScaled) else "float",
+        "SW_KIND": capability.scale_kind(w.format, w.scale.dtype), "X_GROUP": x_group, "W_GROUP": w_group,
+        "W_ROWS": w.format.block[0] or 0, "SPAN": gcd(*loops) if loops else 0, "COMPUTE": _TL[compute],
+        "X_LEVEL": isinstance(x, BlockScaled) and x.global_scale is not None, "W_LEVEL": w.global_scale is not None,
+        "LIFT": 256.0 if w_kind == "ptx" and compute == torch.float16 else 1.0,
+    }  # fmt: skip
+    return Reading(path, constants)
+
+
+def compute_dtype(powers: bool, w: BlockScaled, platform: Platform) -> torch.dtype:
+    """What decoded codes are multiplied in. fp16 holds every code; folded powers of two need bf16's exponent."""
+    powers = powers or _powers(w.format, w.scale.dtype)
+    return capability.bf16_dot(platform) if powers and platform.arch != "sm_75" else torch.float16
+
+
+def operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
+    """The tensor that the kernel reads: values, native fp8, bytes, or bytes decoded here."""
+    if isinstance(q, Tensor):
+        return q if q.stride(-1) == 1 else q.contiguous()
+    if kind == "value" and how.path != "native" and q.data.dtype not in _TL:
+        dtype = next(d for d, t in _TL.items() if t == how.constants["COMPUTE"])
+        y = q.data.new_empty(q.data.shape, dtype=dtype)
+        with on_device(y):
+            decode_kernel[(-(-y.numel() // 4096),)](
+                q.data.view(torch.uint8), y, y.numel(), KIND=_element(q), BLOCK=4096
+            )
+        return y
+    return q.data if kind in ("value", "cast") else q.data.view(torch.uint8)
+
+
+def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
+    """(scales as Triton takes them, stride of a row of the scale grid, stride of a K group)."""
+    scale = q.scale
+    if scale.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
+        scale = scale.view(torch.uint8)
+    if q.layout in ("tma", "col_scales"):
+        return scale, 1, scale.stride(0)
+    return scale, scale.stride(-2) if q.format.block[0] is not None else 0, scale.stride(-1)
+
+
+def _element(q: BlockScaled) -> str:
+    return "fp8fnuz" if q.layout == "fnuz" else q.format.element.name
+
+
+def _native(x_element: str, w: BlockScaled, platform: Platform) -> bool:
+    return x_element == _element(w) and capability.dot_element(platform, x_element)
+
+
+def _kind(q: BlockScaled, scale: str, compute: torch.dtype, platform: Platform) -> str:
+    """How bytes become 16-bit floats in the loop."""
+    element = _element(q)
+    if element == "fp8" and scale != "fold" and capability.ptx_decode(platform, compute):
+        return "ptx"
+    return "cast" if capability.native_load(platform, element) else element
+
+
+def _scaling(q: BlockScaled, compute: torch.dtype, path: str) -> tuple[str, int]:
+    """(how scales enter, elements of K that share one); see `tiles`."""
+    group = q.format.block[1]
+    if group is None or group >= q.shape[-1]:
+        return "end", 0
+    exact = compute in (torch.bfloat16, torch.float32) if _powers(q.format, q.scale.dtype) else q.format.two_level
+    return ("fold" if exact and path != "native" else "loop"), group
+
+
+def _powers(fmt: Format, scale_dtype: torch.dtype) -> bool:
+    """Scales that are powers of two, of groups so short that folding them into the operand pays."""
+    return scale_dtype == torch.float8_e8m0fnu and fmt.block[1] in (16, 32, 64)
