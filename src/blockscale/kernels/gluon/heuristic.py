@@ -40,20 +40,12 @@ def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
     """Predicted time of a swapped launch, in microseconds."""
     k_blocks = ceil_div(k, 128)
     programs = config.programs(m, n, k, sm_count)
-    rows = 64 * config.groups
     units = ceil_div(config.tiles(m, n) * k_blocks, programs)
     on_one_sm = ceil_div(programs, sm_count)
-    waves = ceil_div(programs, sm_count * config.per_sm)
-    together = min(on_one_sm, config.per_sm)
-    block = max(128 * config.groups + config.tokens * (1 + config.groups), 300 / together)
-    busy = on_one_sm * units * block / CLOCK + 0.3 * waves
-    reading = max(
-        (n * k + m * k * ceil_div(n, rows) * 0.1) / READ / 1e3,
-        on_one_sm * units * 128 * (rows + 0.5 * config.tokens) / SM_READ / 1e3,
-    )
-    fixup = 0.0
-    if config.split != 1:
-        fixup = 1.2 + 0.05 * (config.split or 3) + config.tokens / 64
+    block = max(128 + 2 * config.tokens, 450 / (min(on_one_sm, config.per_sm) * config.groups))
+    busy = on_one_sm * units * block / CLOCK
+    reading = (n * k + m * k) / READ / 1e3
+    fixup = 0.0 if config.split == 1 else 1.2 + 0.05 * (config.split or 3) + config.tokens / 64
     return LAUNCH_US + max(busy, reading) + fixup
 
 
@@ -75,24 +67,17 @@ def candidates(m: int, n: int, k: int, sm_count: int) -> list[tuple[float, Confi
                 ):
                     continue
                 found.append((wide_us(config, m, n, k, sm_count), config))
-    if m <= 128:
+    if m <= 64:
         tokens = max(8, 1 << (m - 1).bit_length())
-        for width in {tokens, min(tokens, 64)}:
-            most = 4 if width <= 32 else 3 if width == 64 else 1
+        step = 2 if k_blocks % 2 == 0 else 1
+        for split in (1, 2, 3, 4, 6, 8):
+            if split > max(1, k_blocks // step // 2):
+                continue
             for groups in (1, 2):
-                if width == 128 and groups == 1:
-                    continue
-                for split in (1, 2, 3, 4, 6, 8):
-                    if split > max(1, k_blocks // 2):
-                        continue
-                    base = Swap(width, groups, split)
-                    per_sm = min(ceil_div(base.tiles(m, n) * split, sm_count), most if groups == 1 else 1)
-                    config = Swap(width, groups, split, per_sm)
-                    found.append((swap_us(config, m, n, k, sm_count), config))
-                for per_sm in range(1, (most if groups == 1 else 1) + 1):
-                    config = Swap(width, groups, 0, per_sm)
-                    if base.tiles(m, n) * k_blocks >= 2 * sm_count * per_sm:
-                        found.append((swap_us(config, m, n, k, sm_count), config))
+                most = (4 if tokens <= 32 else 3) // groups
+                per_sm = min(ceil_div(Swap(tokens).tiles(m, n) * split, sm_count), most)
+                config = Swap(tokens, groups, split, per_sm, step)
+                found.append((swap_us(config, m, n, k, sm_count), config))
     return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
 
 
