@@ -147,8 +147,6 @@ def check_configs(texts: Iterable[str]) -> None:
             blocks = -(-shape[2] // 128)
             if blocks % config.step or (isinstance(config, Swap) and config.split > blocks // config.step):
                 continue
-            if isinstance(config, Wide) and config.parts > blocks // config.step:
-                continue
             if shape not in cases:
                 cases[shape] = Case(*shape)
             case = cases[shape]
@@ -276,7 +274,7 @@ def to_tune(m: int, n: int, k: int) -> list[Config]:
             grids = set()
             for parts in (1, 2, 3) if m >= 128 else (1,):
                 config = Wide(bn, u, parts, groups, step)
-                grid = configs.wide_grid(config, m, n, sms)
+                grid = configs.wide_grid(config, m, n, k, sms)
                 if parts > 1 and (not grid.cut_tiles or grid in grids or (m >= 2048 and parts == 2)):
                     continue
                 if config.tiles(m, n) > 3 * sms and bn <= 64:

@@ -79,11 +79,14 @@ class Grid:
         return self.dealt > 0
 
 
-def wide_grid(config: Wide, m: int, n: int, sm_count: int) -> Grid:
-    """Persistent programs, waves of whole tiles and the programs that share the cut tiles (0: none are cut)."""
+def wide_grid(config: Wide, m: int, n: int, k: int, sm_count: int) -> Grid:
+    """Persistent programs, waves of whole tiles and the programs that share the cut tiles (0: none are cut).
+
+    Every program that shares a cut tile gets at least one step: a tile waits for all of its programs.
+    """
     tiles = config.tiles(m, n)
     full_waves, left = divmod(tiles, sm_count)
-    dealt = min(sm_count, left * config.parts)
+    dealt = min(sm_count, left * min(config.parts, ceil_div(k, 128) // config.step))
     if config.parts == 1 or dealt <= left:
         return Grid(min(sm_count, tiles), ceil_div(tiles, sm_count), 0)
     return Grid(sm_count if full_waves else dealt, full_waves, dealt)

@@ -20,7 +20,7 @@ TILE_US = 0.5  # epilogue of 128 columns
 
 def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int) -> float:
     """Predicted time of a wide launch, in microseconds."""
-    grid = wide_grid(config, m, n, sm_count)
+    grid = wide_grid(config, m, n, k, sm_count)
     k_blocks = ceil_div(k, 128)
     blocks = grid.full_waves * k_blocks
     fixup = 0.0
@@ -57,12 +57,12 @@ def candidates(m: int, n: int, k: int, sm_count: int) -> list[tuple[float, Confi
         for bn, unroll in ((32, 8), (64, 8), (128, 8), (192, 4), (256, 2)):
             for parts in (1, 2, 3, 4, 6, 8):
                 config = Wide(bn, min(unroll, 4) if k_blocks < 8 or k_blocks % 8 else unroll, parts)
-                if parts > 1 and (not wide_grid(config, m, n, sm_count).cut_tiles or parts > k_blocks):
+                if parts > 1 and (not wide_grid(config, m, n, k, sm_count).cut_tiles or parts > k_blocks):
                     continue
                 if any(
                     isinstance(c, Wide)
                     and c.bn == bn
-                    and wide_grid(c, m, n, sm_count) == wide_grid(config, m, n, sm_count)
+                    and wide_grid(c, m, n, k, sm_count) == wide_grid(config, m, n, k, sm_count)
                     for _, c in found
                 ):
                     continue

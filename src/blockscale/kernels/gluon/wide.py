@@ -463,7 +463,7 @@ def launch(
     w: e4m3 [N, K]; w_scale: fp32 [ceil(N / 128), ceil(K / 128)]. y: [M, N], rows at multiples of 16 bytes.
     """
     (m, k), n = x.shape, w.shape[0]
-    grid = wide_grid(config, m, n, sm_count)
+    grid = wide_grid(config, m, n, k, sm_count)
     if grid.cut_tiles:
         workspace = torch.empty(grid.dealt * 2 * 64 * config.groups * config.bn, device=x.device, dtype=torch.float32)
         tickets = take_tickets(x.device, config.groups * (config.tiles(m, n) - grid.full_waves * grid.programs))
