@@ -9,6 +9,8 @@ ranges over all tiles, one a program. A tile that a boundary cuts is finished by
 the partial tiles in program order: same bytes whoever that is, in one launch.
 """
 
+# mypy: disable-error-code=assignment
+# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 import torch

@@ -11,6 +11,8 @@ one a program; a tile that a boundary cuts is finished by the last program to ar
 program order: same bytes whoever that is.
 """
 
+# mypy: disable-error-code=assignment
+# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 import torch
