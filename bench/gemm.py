@@ -32,7 +32,6 @@ from timer import ceilings, eager_us, graph, interleaved
 from blockscale import reference
 from blockscale.formats import get_format
 from blockscale.kernels.gluon import config as configs
-from blockscale.kernels.gluon import heuristic
 from blockscale.kernels.gluon.config import Config, Swap, Wide
 from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
@@ -132,10 +131,10 @@ def sm_count() -> int:
 
 def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     if isinstance(config, Wide):
-        yield from ((333, 2112, 1024), (130, 576, 720), (200, 192, 7168), (1000, 2112, 3584))
+        yield from ((333, 2112, 1024), (130, 576, 720), (200, 192, 2048), (1000, 2112, 3584))
     else:
         t = config.tokens
-        yield from ((t, 2112, 1024), (t // 2 + 1, 576, 720), (t + 1, 192, 7168), (1, 4096, 7168))
+        yield from ((t, 2112, 1024), (t // 2 + 1, 576, 720), (t + 1, 192, 2048), (1, 4096, 7168))
 
 
 def check_configs(texts: Iterable[str]) -> None:
@@ -145,7 +144,8 @@ def check_configs(texts: Iterable[str]) -> None:
         config = configs.parse(text)
         verdict = ""
         for shape in ragged_shapes(config):
-            if isinstance(config, Swap) and config.split > -(-shape[2] // 128):
+            blocks = -(-shape[2] // 128)
+            if blocks % config.step or (isinstance(config, Swap) and config.split > blocks // config.step):
                 continue
             if shape not in cases:
                 cases[shape] = Case(*shape)
@@ -240,21 +240,50 @@ def time_case(case: Case, chosen: list[Config], peers: list[Peer], rounds: int) 
 
 
 def to_tune(m: int, n: int, k: int) -> list[Config]:
-    """Configurations worth measuring: the model's best and the best of every family."""
-    ranked = heuristic.candidates(m, n, k, sm_count())
-    best = ranked[0][0]
-    chosen = [c for us, c in ranked if us < 1.3 * best][:9]
-    families: dict[object, int] = {}
-    for us, c in ranked:
-        family = (c.bn, c.parts > 1) if isinstance(c, Wide) else (c.tokens, c.groups, min(c.split, 2))
-        if families.setdefault(family, 0) < 1 and us < 2 * best:
-            families[family] += 1
-            chosen.append(c)
-    if m >= 512:
-        chosen += [Wide(128, 8 if k >= 1024 else 4), Wide(192, 4), Wide(192, 2), Wide(256, 2)]
-    if m in (1, 64, 512, 4096):
-        chosen.append(replace(chosen[0], pdl=False))
-    return list(dict.fromkeys(chosen))
+    """Configurations worth measuring: everything that fills the GPU without an absurd number of parts."""
+    blocks, sms = -(-k // 128), sm_count()
+    steps = [s for s in (1, 2, 4) if blocks % s == 0]
+    found: list[Config] = []
+    if m <= 64:
+        tokens = max(8, 1 << (m - 1).bit_length())
+        tiles = -(-n // 64)
+        for split in (1, 2, 3, 4, 8):
+            programs = tiles * split
+            if split > 1 and (programs > 2.1 * sms or split > blocks // 3) or programs < 0.4 * sms and split < 8:
+                continue
+            for groups, step in ((1, 1), (1, 2), (1, 4), (2, 2)):
+                if step not in steps or (tokens == 32 and step == 4) or (split > 2 and step == 1):
+                    continue
+                most = {1: 4, 2: 2}[groups] if tokens <= 32 else {1: 3, 2: 1}[groups]
+                per_sm = min(-(-programs // sms), most)
+                found.append(Swap(tokens, groups, split, per_sm, step))
+                if per_sm > 1 and split == 1:
+                    found.append(Swap(tokens, groups, split, per_sm, step, pdl=False))
+        for groups, step in ((1, 2), (2, 2)):
+            if step in steps:
+                found.append(Swap(tokens, groups, 0, 1, step))
+    if m >= 64:
+        unroll = 8 if blocks >= 8 else 4
+        shapes = [(64, unroll, 2, 1), (64, unroll, 2, 2), (128, unroll, 2, 1), (128, unroll, 2, 2), (128, unroll, 3, 1),
+                  (192, 4, 2, 1)]  # fmt: skip
+        shapes += [(32, unroll, 2, 2)] if m <= 128 else []
+        shapes += [(128, unroll, 3, 2), (256, 2, 2, 1)] if m >= 512 else []
+        for bn, u, groups, step in shapes:
+            if step not in steps:
+                continue
+            grids = set()
+            for parts in (1, 2, 3) if m >= 128 else (1,):
+                config = Wide(bn, u, parts, groups, step)
+                grid = configs.wide_grid(config, m, n, k, sms)
+                if parts > 1 and (not grid.cut_tiles or grid in grids or (m >= 2048 and parts == 2)):
+                    continue
+                if config.tiles(m, n) > 3 * sms and bn <= 64:
+                    continue
+                grids.add(grid)
+                found.append(replace(config, pdl=m < 2048))
+                if parts == 1 and bn >= 128 and m in (512, 4096):
+                    found.append(replace(config, pdl=m >= 2048))
+    return list(dict.fromkeys(found))
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -267,7 +296,7 @@ def tune(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) ->
     texts = sorted({str(c) for chosen in plan.values() for c in chosen})
     texts.sort(key=lambda t: hash(t) % 97)  # spread slow compilations over the workers
     log(len(texts), "configurations to compile and check")
-    peers = [p for p in PEERS if p.name in ("deepgemm", "deepgemm_pdl") and p.available(args.peers)]
+    peers = [p for p in PEERS if p.name in ("deepgemm", "deepgemm_pdl", "prototype") and p.available(args.peers)]
     verdicts, lines = prepare(texts, [p.name for p in peers], nks, ms, args, args.prepare)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad), *lines)
@@ -294,16 +323,15 @@ def print_tuned(rows: list[dict]) -> None:
     ratios: dict[str, list[float]] = {}
     for row in rows:
         times = dict(row["time_us"])
-        peer = {name: times.pop(name) for name in ("deepgemm", "deepgemm_pdl") if name in times}
+        peer = {name: times.pop(name) for name in ("deepgemm", "deepgemm_pdl", "prototype") if name in times}
         if not times:
             print(row)
             continue
         best = sorted(times, key=times.__getitem__)[:4]
-        first = heuristic.choose(row["m"], row["n"], row["k"], sm_count())
         deep = peer.get("deepgemm", math.nan)
         print(
-            f"{row['m']:5} {row['n']:6} {row['k']:6} dg {deep:8.2f} pdl {peer.get('deepgemm_pdl', math.nan):8.2f} best "
-            f"{deep / times[best[0]]:5.3f} | model's {deep / times.get(str(first), math.nan):5.3f} | "
+            f"{row['m']:5} {row['n']:6} {row['k']:6} dg {deep:8.2f} proto {deep / peer.get('prototype', math.nan):6.3f} best "
+            f"{deep / times[best[0]]:5.3f} | "
             + " ".join(f"{name}:{times[name]:.2f}" for name in best)
             + (f" FAULTS {row['faults']}" if row["faults"] else "")
         )

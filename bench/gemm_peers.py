@@ -119,4 +119,26 @@ class DeepGemm(Peer):
         return run
 
 
-PEERS: list[Peer] = [Bf16(), CublasLt(), DeepGemm("deepgemm", False), DeepGemm("deepgemm_pdl", True)]
+class Prototype(Peer):
+    """An earlier version of our kernels, where its files lie in the peers' folder (auto.py): did a rewrite lose speed?"""
+
+    name = "prototype"
+
+    def available(self, folder: str) -> bool:
+        if not (pathlib.Path(folder) / "auto.py").exists():
+            return False
+        sys.path.insert(0, str(pathlib.Path(folder).resolve()))
+        return True
+
+    def bind(self, x: BlockScaled, w: BlockScaled, y: Tensor) -> Run:
+        import auto
+
+        x_scale = scale_view(x)
+
+        def run() -> None:
+            auto.gemm(x.data, x_scale, w.data, w.scale, y)
+
+        return run
+
+
+PEERS: list[Peer] = [Bf16(), CublasLt(), DeepGemm("deepgemm", False), DeepGemm("deepgemm_pdl", True), Prototype()]

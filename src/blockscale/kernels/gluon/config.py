@@ -21,21 +21,25 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Wide:
-    """A configuration of `wide.py`: tiles of 128 tokens x `bn` weight rows.
+    """A configuration of `wide.py`: tiles of `64 * groups` tokens x `bn` weight rows.
 
     bn: 32, 64, 128 (one piece, x from shared memory), 192 or 256 (pieces of 64, x from registers).
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
+    groups: consumer warpgroups, 2 or 3. step: k-blocks that are loaded and released together, 1, 2 or 4; divides K / 128.
     pdl: start while the kernel before drains (programmatic dependent launch).
     """
 
     bn: int
     unroll: int = 4
     parts: int = 1
+    groups: int = 2
+    step: int = 1
     pdl: bool = True
 
     def __str__(self) -> str:
-        return f"wide-{self.bn}-u{self.unroll}-p{self.parts}{'' if self.pdl else '-nopdl'}"
+        tail = "" if self.pdl else "-nopdl"
+        return f"wide-{self.bn}-u{self.unroll}-p{self.parts}-g{self.groups}-s{self.step}{tail}"
 
     @property
     def pieces(self) -> int:
@@ -52,13 +56,14 @@ class Wide:
         return min(self.piece, 64)
 
     def stages(self, out_bytes: int) -> int:
-        """k-blocks in flight, given the bytes of an element of y."""
+        """Steps in flight, given the bytes of an element of y."""
         scale_rows = 2 if self.pieces > 1 else 1
-        stage = (128 + self.bn) * 128 + 128 * 4 + scale_rows * _SCALE_BOX + _BARRIERS
-        return min(10, (SHARED_BYTES - _SLACK - 2 * 64 * self.staging * out_bytes) // stage)
+        scales = 4 * (256 if self.groups == 3 else 128)
+        stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
+        return min(10, (SHARED_BYTES - _SLACK - self.groups * 64 * self.staging * out_bytes) // stage)
 
     def tiles(self, m: int, n: int) -> int:
-        return ceil_div(m, 128) * ceil_div(n, self.bn)
+        return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,14 @@ class Grid:
         return self.dealt > 0
 
 
-def wide_grid(config: Wide, m: int, n: int, sm_count: int) -> Grid:
-    """Persistent programs, waves of whole tiles and the programs that share the cut tiles (0: none are cut)."""
+def wide_grid(config: Wide, m: int, n: int, k: int, sm_count: int) -> Grid:
+    """Persistent programs, waves of whole tiles and the programs that share the cut tiles (0: none are cut).
+
+    Every program that shares a cut tile gets at least one step: a tile waits for all of its programs.
+    """
     tiles = config.tiles(m, n)
     full_waves, left = divmod(tiles, sm_count)
-    dealt = min(sm_count, left * config.parts)
+    dealt = min(sm_count, left * min(config.parts, ceil_div(k, 128) // config.step))
     if config.parts == 1 or dealt <= left:
         return Grid(min(sm_count, tiles), ceil_div(tiles, sm_count), 0)
     return Grid(sm_count if full_waves else dealt, full_waves, dealt)
@@ -86,37 +94,36 @@ def wide_grid(config: Wide, m: int, n: int, sm_count: int) -> Grid:
 
 @dataclass(frozen=True)
 class Swap:
-    """A configuration of `swap.py`: tiles of `64 * groups` weight rows x `tokens` tokens.
+    """A configuration of `swap.py`: tiles of 64 weight rows x `tokens` tokens.
 
-    tokens: 8, 16, 32, 64 or 128. groups: consumer warpgroups, 1 or 2.
-    split: programs that share a tile, each with an equal part of K; 0 deals the k-blocks of all tiles in equal ranges
+    tokens: 8, 16, 32 or 64. groups: consumer warpgroups that share a tile, each taking every groups-th step of K.
+    split: programs that share a tile, each with an equal part of K; 0 deals the steps of all tiles in equal ranges
         to as many programs as the GPU holds.
-    per_sm: programs that share an SM.
+    per_sm: programs that share an SM. step: k-blocks that are loaded and released together; divides K / 128.
     """
 
     tokens: int
     groups: int = 1
     split: int = 1
     per_sm: int = 1
+    step: int = 1
     pdl: bool = True
 
     def __str__(self) -> str:
-        return f"swap-{self.tokens}-g{self.groups}-k{self.split}-x{self.per_sm}{'' if self.pdl else '-nopdl'}"
+        tail = "" if self.pdl else "-nopdl"
+        return f"swap-{self.tokens}-g{self.groups}-k{self.split}-x{self.per_sm}-s{self.step}{tail}"
 
     @property
     def unroll(self) -> int:
         """k-blocks between two points where the tensor cores run dry; limited by the registers that it keeps alive."""
-        if self.tokens == 128:
-            return 1
-        return 2 if self.tokens == 64 and self.per_sm > 2 else 4
+        return max(self.step, 2 if self.tokens == 64 and self.per_sm * self.groups > 2 else 4)
 
     @property
     def stages(self) -> int:
-        rows = 64 * self.groups
-        stage = (self.tokens + rows) * 128 + max(self.tokens, 32) * 4 + _SCALE_BOX + _BARRIERS
-        scratch = rows * self.tokens * 4  # the output's layout conversion
+        stage = self.step * ((self.tokens + 64) * 128 + max(self.tokens, 32) * 4) + _SCALE_BOX + _BARRIERS
+        scratch = self.groups * 64 * self.tokens * 4  # the output's layout conversion and the other groups' sums
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK - scratch
-        return max(2, min(12, budget // stage))
+        return max(2, min(12 // self.step, budget // stage))
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -126,24 +133,26 @@ class Swap:
         return cap, min(240, (cap * 3 - 24) // 2 // 8 * 8)
 
     def tiles(self, m: int, n: int) -> int:
-        return ceil_div(n, 64 * self.groups) * ceil_div(m, self.tokens)
+        return ceil_div(n, 64) * ceil_div(m, self.tokens)
 
     def programs(self, m: int, n: int, k: int, sm_count: int) -> int:
         tiles = self.tiles(m, n)
         if self.split:
             return tiles * self.split
-        return min(sm_count * self.per_sm, tiles * ceil_div(k, 128))
+        return min(sm_count * self.per_sm, tiles * (ceil_div(k, 128) // self.step))
 
 
 Config = Wide | Swap
-_TEXT = re.compile(r"(wide)-(\d+)-u(\d+)-p(\d+)(-nopdl)?|(swap)-(\d+)-g(\d+)-k(\d+)-x(\d+)(-nopdl)?")
+_TEXT = re.compile(r"wide-(\d+)-u(\d+)-p(\d+)-g(\d+)-s(\d+)(-nopdl)?|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?")
 
 
 def parse(text: str) -> Config:
-    """Read what `str(config)` wrote: "wide-128-u8-p1", "swap-16-g1-k4-x2"."""
+    """Read what `str(config)` wrote: "wide-128-u8-p1-g2-s1", "swap-16-g1-k4-x2-s2"."""
     match = _TEXT.fullmatch(text)
     if not match:
-        raise ValueError(f"configuration: got {text!r}, need e.g. 'wide-128-u8-p1' or 'swap-16-g1-k4-x2'")
+        raise ValueError(f"configuration: got {text!r}, need e.g. 'wide-128-u8-p1-g2-s1' or 'swap-16-g1-k4-x2-s2'")
     if match[1]:
-        return Wide(int(match[2]), int(match[3]), int(match[4]), pdl=not match[5])
-    return Swap(int(match[7]), int(match[8]), int(match[9]), int(match[10]), pdl=not match[11])
+        bn, unroll, parts, groups, step = map(int, match.groups()[:5])
+        return Wide(bn, unroll, parts, groups, step, pdl=not match[6])
+    tokens, groups, split, per_sm, step = map(int, match.groups()[6:11])
+    return Swap(tokens, groups, split, per_sm, step, pdl=not match[12])

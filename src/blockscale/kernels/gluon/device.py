@@ -2,9 +2,12 @@
 
 Vocabulary: a *k-block* is the 128 elements of K that share one activation scale; its partial products come out of
 one wgmma and are *promoted*, that is multiplied by both scales and added to the fp32 accumulators (the two-level
-sum of the DeepSeek-V3 report, section 3.3.2). A *stage* is the shared memory that one k-block's operands occupy.
+sum of the DeepSeek-V3 report, section 3.3.2). A *step* is STEP k-blocks that are loaded, waited for and released
+together, and a *stage* the shared memory that they occupy.
 """
 
+# mypy: disable-error-code=assignment
+# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -16,11 +19,11 @@ partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def advance(stage, phase, STAGES: gl.constexpr):
-    """The next stage of the ring; the barrier's phase flips when the ring wraps."""
-    stage += 1
-    wrap = stage == STAGES
-    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+def advance(stage, phase, STAGES: gl.constexpr, BY: gl.constexpr = 1):
+    """The stage BY places on in the ring; the barrier's phase flips when the ring wraps."""
+    stage += BY
+    wrap = stage >= STAGES
+    return gl.where(wrap, stage - STAGES, stage), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -54,17 +57,17 @@ def box_start(index, ELEMENT: gl.constexpr):
 
 
 @gluon.jit
-def weight_scale(boxes, slot, index, layout: gl.constexpr):
-    """The weight scale of flat index `index` as fp32, from the 128-byte box that TMA put into `slot`.
+def weight_scale(boxes, slot, index, j: gl.constexpr, layout: gl.constexpr):
+    """The weight scale of flat index `index + j` as fp32, from the 128-byte box of `index` that TMA put into `slot`.
 
     boxes: one element per index, fp32 or E8M0 bytes (0 is 2^-127, 255 is NaN).
     """
     if boxes.dtype == gl.uint8:
-        byte = boxes.index(slot * 128 + (index & 15)).load(layout).to(gl.int32)
+        byte = boxes.index(slot * 128 + (index & 15) + j).load(layout).to(gl.int32)
         bits = gl.where(byte == 0, 0x00400000, byte << 23)
         return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
     else:
-        return boxes.index(slot * 32 + (index & 3)).load(layout)
+        return boxes.index(slot * 32 + (index & 3) + j).load(layout)
 
 
 @gluon.jit

@@ -27,8 +27,10 @@ def launch(
         w_scale = w.scale.view(torch.uint8)  # decoded in the kernel; triton knows no E8M0
     else:
         w_scale = decode_scale(w.scale)
-    start = wide.launch if isinstance(config, Wide) else swap.launch
-    return start(x.data, x.scale, w.data, w_scale, bias, y, config, sm_count)  # type: ignore[operator]
+    operands = (x.data, x.scale, w.data, w_scale, bias, y)
+    if isinstance(config, Wide):
+        return wide.launch(*operands, config, sm_count)
+    return swap.launch(*operands, config, sm_count)
 
 
 def multiply(

@@ -11,6 +11,8 @@ one a program; a tile that a boundary cuts is finished by the last program to ar
 program order: same bytes whoever that is.
 """
 
+# mypy: disable-error-code=assignment
+# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 import torch
@@ -39,94 +41,95 @@ from .device import (
 )
 from .launch import Launch, flat, matrix, take_tickets
 
-BM: gl.constexpr = gl.constexpr(128)
-"""Rows of a tile: two warpgroups of 64."""
-GROUP: gl.constexpr = gl.constexpr(8)
+TOGETHER: gl.constexpr = gl.constexpr(8)
 """Tile rows walked together, so that a wave's tiles share operands in L2."""
 
 
 @gluon.jit
-def _tile_origin(tile, num_m, num_n, BN: gl.constexpr):
-    """First row and column of a tile: groups of GROUP tile rows; inside a group along M first, then N."""
-    per_group = GROUP * num_n
+def _tile_origin(tile, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr):
+    """First row and column of a tile: groups of TOGETHER tile rows; inside a group along M first, then N."""
+    per_group = TOGETHER * num_n
     group = tile // per_group
-    first = group * GROUP
-    rows = gl.minimum(num_m - first, GROUP)
+    first = group * TOGETHER
+    rows = gl.minimum(num_m - first, TOGETHER)
     rest = tile % per_group
     return (first + rest % rows) * BM, rest // rows * BN
 
 
 @gluon.jit
-def _first_unit(program, num_tiles, num_kb, full_waves, dealt):
-    """Where a program's range of units starts; a unit is one k-block of a cut tile, dealt to `dealt` programs."""
-    units = (num_tiles - full_waves * gl.num_programs(0)) * num_kb
+def _first_unit(program, num_tiles, num_steps, full_waves, dealt):
+    """Where a program's range of units starts; a unit is one step of a cut tile, dealt to `dealt` programs."""
+    units = (num_tiles - full_waves * gl.num_programs(0)) * num_steps
     return gl.minimum(program, dealt) * units // dealt
 
 
 @gluon.jit
-def _owner(unit, num_tiles, num_kb, full_waves, dealt):
+def _owner(unit, num_tiles, num_steps, full_waves, dealt):
     """The program that `unit` is dealt to."""
-    units = (num_tiles - full_waves * gl.num_programs(0)) * num_kb
+    units = (num_tiles - full_waves * gl.num_programs(0)) * num_steps
     return ((unit + 1) * dealt - 1) // units
 
 
 @gluon.jit
-def _segments(num_tiles, num_kb, full_waves, dealt, STREAM_K: gl.constexpr):
+def _segments(num_tiles, num_steps, full_waves, dealt, STREAM_K: gl.constexpr):
     """Of this program: (segments, how many of them lie in cut tiles, first unit, end unit)."""
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     if STREAM_K:
-        u0 = _first_unit(pid, num_tiles, num_kb, full_waves, dealt)
-        u1 = _first_unit(pid + 1, num_tiles, num_kb, full_waves, dealt)
-        cut = gl.where(u1 > u0, (u1 - 1) // num_kb - u0 // num_kb + 1, 0)
+        u0 = _first_unit(pid, num_tiles, num_steps, full_waves, dealt)
+        u1 = _first_unit(pid + 1, num_tiles, num_steps, full_waves, dealt)
+        cut = gl.where(u1 > u0, (u1 - 1) // num_steps - u0 // num_steps + 1, 0)
         return cut + full_waves, cut, u0, u1
     else:
         return (num_tiles - pid + programs - 1) // programs, 0, 0, 0
 
 
 @gluon.jit
-def _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K: gl.constexpr):
-    """(tile, first k-block, end k-block) of a program's i-th segment. Cut tiles come first: their sums finish early."""
+def _segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K: gl.constexpr):
+    """(tile, first step, end step) of a program's i-th segment. Cut tiles come first: their sums finish early."""
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     if STREAM_K:
-        t = u0 // num_kb + i
+        t = u0 // num_steps + i
         is_cut = i < cut
-        kb0 = gl.where(is_cut, gl.maximum(u0 - t * num_kb, 0), 0)
-        kb1 = gl.where(is_cut, gl.minimum(u1 - t * num_kb, num_kb), num_kb)
+        s0 = gl.where(is_cut, gl.maximum(u0 - t * num_steps, 0), 0)
+        s1 = gl.where(is_cut, gl.minimum(u1 - t * num_steps, num_steps), num_steps)
         tile = gl.where(is_cut, full_waves * programs + t, (i - cut) * programs + pid)
-        return tile, kb0, kb1
+        return tile, s0, s1
     else:
-        return pid + i * programs, 0, num_kb
+        return pid + i * programs, 0, num_steps
 
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n, num_kb,
-    full_waves, dealt, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr,
+    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n, num_steps,
+    full_waves, dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, STREAM_K: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them."""
     W: gl.constexpr = w_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
-        x_desc.block_type.nbytes
-        + PIECES * w_desc.block_type.nbytes
-        + xs_desc.block_type.nbytes
+        STEP * (GROUPS * x_desc.block_type.nbytes + PIECES * w_desc.block_type.nbytes + xs_desc.block_type.nbytes)
         + SCALE_ROWS * ws_desc.block_type.nbytes
     )
-    count, cut, u0, u1 = _segments(num_m * num_n, num_kb, full_waves, dealt, STREAM_K)
+    count, cut, u0, u1 = _segments(num_m * num_n, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 1
     for i in range(count):
-        tile, kb0, kb1 = _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K)
-        m, n = _tile_origin(tile, num_m, num_n, W * PIECES)
-        for kb in range(kb0, kb1):
+        tile, s0, s1 = _segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
+        m, n = _tile_origin(tile, num_m, num_n, 64 * GROUPS, W * PIECES)
+        for kb in range(s0 * STEP, s1 * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
-            tma.async_copy_global_to_shared(x_desc, [m, kb * 128], bar, x_bufs.index(stage))
-            for p in gl.static_range(PIECES):
-                tma.async_copy_global_to_shared(w_desc, [n + p * W, kb * 128], bar, w_bufs.index(stage * PIECES + p))
-            tma.async_copy_global_to_shared(xs_desc, [kb * xs_ld + m], bar, xs_bufs.index(stage))
+            for j in gl.static_range(STEP):
+                for g in gl.static_range(GROUPS):
+                    x = x_bufs.index((stage * STEP + j) * GROUPS + g)
+                    tma.async_copy_global_to_shared(x_desc, [m + g * 64, (kb + j) * 128], bar, x)
+                for p in gl.static_range(PIECES):
+                    w = w_bufs.index((stage * STEP + j) * PIECES + p)
+                    tma.async_copy_global_to_shared(w_desc, [n + p * W, (kb + j) * 128], bar, w)
+                tma.async_copy_global_to_shared(xs_desc, [(kb + j) * xs_ld + m], bar, xs_bufs.index(stage * STEP + j))
             for r in gl.static_range(SCALE_ROWS):
                 at = (n // 128 + r) * ws_ld + kb
                 start = box_start(at, ws_desc.dtype)
@@ -135,44 +138,71 @@ def _producer(
 
 
 @gluon.jit
-def _shared_mma(x_bufs, w_bufs, stage, partial, ROW: gl.constexpr):
-    """Start one k-block's products of 64 rows, both operands from shared memory."""
-    x = x_bufs.index(stage).slice(ROW, 64)
-    return warpgroup_mma(x, w_bufs.index(stage).permute((1, 0)), partial, use_acc=False, is_async=True)
+def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
+           GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
+    """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
+    x = x_bufs.index((stage * STEP + j) * GROUPS + WG)
+    w = w_bufs.index(stage * STEP + j).permute((1, 0))
+    partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
+    return partial, x_scale * weight_scale(ws_boxes, stage, at, j, rows)
 
 
 @gluon.jit
-def _blocks_from_shared(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ROW: gl.constexpr, U: gl.constexpr,
-    STAGES: gl.constexpr, mma: gl.constexpr,
+def _blocks_overlapped(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
+    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a one-piece tile, both operands from shared memory. at: flat index of the first weight scale.
+    """U steps of a one-piece tile. at: flat index of the first weight scale.
 
     Two sets of partial products alternate: one is promoted while the tensor cores work on the other. Nothing is in
     flight when the function returns: a wgmma across a loop's back edge makes ptxas serialise all of them (C7514).
     """
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     acc = accs[0]
-    mbarrier.wait(full.index(stage), phase)
     spare = gl.zeros(acc.shape, gl.float32, layout=mma)
-    busy = _shared_mma(x_bufs, w_bufs, stage, spare, ROW)
-    scale = xs_bufs.index(stage).slice(ROW, 64).load(rows) * weight_scale(ws_boxes, stage, at, rows)
+    busy = spare
+    scale = gl.zeros((64,), gl.float32, layout=rows)
     held = stage
-    stage, phase = advance(stage, phase, STAGES)
-    for j in gl.static_range(1, U):
+    for u in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
-        started = _shared_mma(x_bufs, w_bufs, stage, spare, ROW)
-        started_scale = xs_bufs.index(stage).slice(ROW, 64).load(rows) * weight_scale(ws_boxes, stage, at + j, rows)
-        spare = warpgroup_mma_wait(1, deps=(busy,))
-        mbarrier.arrive(empty.index(held), count=1)
-        acc = promote_rows(acc, spare, scale)
-        busy = started
-        scale = started_scale
+        for j in gl.static_range(STEP):
+            started, started_scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, spare, j, WG,
+                                            GROUPS, STEP, rows)  # fmt: skip
+            if u + j > 0:
+                spare = warpgroup_mma_wait(1, deps=(busy,))
+                if j == 0:
+                    mbarrier.arrive(empty.index(held), count=1)
+                acc = promote_rows(acc, spare, scale)
+            busy = started
+            scale = started_scale
         held = stage
         stage, phase = advance(stage, phase, STAGES)
     done = warpgroup_mma_wait(0, deps=(busy,))
     mbarrier.arrive(empty.index(held), count=1)
     acc = promote_rows(acc, done, scale)
+    return (acc,), stage, phase
+
+
+@gluon.jit
+def _blocks_in_turn(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
+    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """The same with one set of partial products, for three warpgroups: each promotes while the other two multiply."""
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    acc = accs[0]
+    partial = gl.zeros(acc.shape, gl.float32, layout=mma)
+    for u in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        for j in gl.static_range(STEP):
+            busy, scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, partial, j, WG, GROUPS, STEP,
+                                 rows)  # fmt: skip
+            partial = warpgroup_mma_wait(0, deps=(busy,))
+            if j == STEP - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
+            acc = promote_rows(acc, partial, scale)
+        stage, phase = advance(stage, phase, STAGES)
     return (acc,), stage, phase
 
 
@@ -208,8 +238,8 @@ def _put(items, at: gl.constexpr, item):
 
 @gluon.jit
 def _blocks_from_registers(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, ROW: gl.constexpr,
-    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
+    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U k-blocks of a tile of several 64-wide pieces, x from registers: read once from shared memory for all pieces.
 
@@ -224,14 +254,14 @@ def _blocks_from_registers(
     scale = gl.zeros((64,), gl.float32, layout=rows)
     for j in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
-        x = x_bufs.index(stage).slice(ROW, 64).load(operand)
+        x = x_bufs.index(stage * GROUPS + WG).load(operand)
         for p in gl.static_range(PIECES):
             w = w_bufs.index(stage * PIECES + p).permute((1, 0))
             started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
             if p == 0:
-                x_scale = xs_bufs.index(stage).slice(ROW, 64).load(rows)
-                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, rows)
-                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, rows)
+                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
+                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, 0, rows)
+                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, 0, rows)
             if p == 0:
                 if j > 0:
                     spare = warpgroup_mma_wait(1, deps=(busy,))
@@ -258,16 +288,19 @@ def _blocks_from_registers(
 
 @gluon.jit
 def _blocks(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, ROW: gl.constexpr,
-    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a tile. at: flat index of the first weight scale."""
+    """U steps of a tile, by the way that its shape asks for. at: flat index of the first weight scale."""
     if len(accs) > 1:
         return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                      odd, ROW, U, STAGES, mma)  # fmt: skip
+                                      odd, WG, GROUPS, U, STAGES, mma)  # fmt: skip
+    elif GROUPS == 3:
+        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS, STEP,
+                               U, STAGES, mma)  # fmt: skip
     else:
-        return _blocks_from_shared(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ROW, U,
-                                   STAGES, mma)  # fmt: skip
+        return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
+                                  STEP, U, STAGES, mma)  # fmt: skip
 
 
 @gluon.jit
@@ -306,97 +339,121 @@ def _is_last(ticket, parts):
 @gluon.jit
 def _consumer(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
-    num_n, num_kb, full_waves, dealt, WG: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
-    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
+    num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile."""
     P: gl.constexpr = w_bufs.shape[1]
     BN: gl.constexpr = P * PIECES
-    ROW: gl.constexpr = WG * 64
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 32])
     num_tiles = num_m * num_n
-    count, cut, u0, u1 = _segments(num_tiles, num_kb, full_waves, dealt, STREAM_K)
+    count, cut, u0, u1 = _segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 0
     for i in range(count):
-        tile, kb0, kb1 = _segment(i, cut, u0, u1, num_kb, full_waves, STREAM_K)
-        m, n = _tile_origin(tile, num_m, num_n, BN)
-        m += ROW
-        at = n // 128 * ws_ld + kb0
+        tile, s0, s1 = _segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
+        m, n = _tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+        m += WG * 64
+        at = n // 128 * ws_ld
         odd = n % 128 != 0
         accs = _zeros(PIECES, P, mma)
-        chunks = (kb1 - kb0) // U
+        chunks = (s1 - s0) // U
         for c in range(chunks):
             accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at + c * U, ws_ld, odd, ROW, U, STAGES, mma)  # fmt: skip
-        for kb in range(kb0 + chunks * U, kb1):
+                                         at + (s0 + c * U) * STEP, ws_ld, odd, WG, GROUPS, STEP, U, STAGES, mma)
+        for s in range(s0 + chunks * U, s1):
             accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at + kb - kb0, ws_ld, odd, ROW, 1, STAGES, mma)  # fmt: skip
+                                         at + s * STEP, ws_ld, odd, WG, GROUPS, STEP, 1, STAGES, mma)
         whole = True
         if STREAM_K:
-            if kb1 - kb0 < num_kb:
+            if s1 - s0 < num_steps:
                 # every program has two slots: 0 for the tile that its range starts in, 1 for the one it ends in
-                t = u0 // num_kb + i
-                first = _owner(t * num_kb, num_tiles, num_kb, full_waves, dealt)
-                last = _owner((t + 1) * num_kb - 1, num_tiles, num_kb, full_waves, dealt)
+                t = u0 // num_steps + i
+                first = _owner(t * num_steps, num_tiles, num_steps, full_waves, dealt)
+                last = _owner((t + 1) * num_steps - 1, num_tiles, num_steps, full_waves, dealt)
                 offsets = partial_offsets(64, P, mma)
-                slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * 2 + WG
+                slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * GROUPS + WG
                 for p in gl.static_range(PIECES):
                     gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
-                whole = _is_last(tickets + t * 2 + WG, last - first + 1)
+                whole = _is_last(tickets + t * GROUPS + WG, last - first + 1)
                 if whole:
                     accs = _zeros(PIECES, P, mma)
                     for q in range(first, last + 1):
-                        ends_here = _first_unit(q, num_tiles, num_kb, full_waves, dealt) // num_kb != t
-                        slot_q = (2 * q + gl.where(ends_here, 1, 0)) * 2 + WG
+                        ends_here = _first_unit(q, num_tiles, num_steps, full_waves, dealt) // num_steps != t
+                        slot_q = (2 * q + gl.where(ends_here, 1, 0)) * GROUPS + WG
                         accs = _plus(accs, workspace + slot_q * (PIECES * 64 * P) + offsets)
         if whole:
             for p in gl.static_range(PIECES):
-                if P > y_desc.block_type.shape[1]:
+                if y_desc.block_type.shape[1] < P:
                     _store_halves(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n, N, HAS_BIAS)
                 else:
                     _store(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n + p * P, N, HAS_BIAS)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_kb", "full_waves", "dealt"])
+@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_kb, full_waves,
-    dealt, PIECES: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, STREAM_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    x_desc, w_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, full_waves,
+    dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
+    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales as flat fp32; y [M, N].
+    """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
     full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
+    BM: gl.constexpr = 64 * GROUPS
     SCALE_ROWS: gl.constexpr = 2 if PIECES > 1 else 1
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PIECES, P, 128], w_desc.layout)
-    xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], xs_desc.layout)
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * GROUPS, 64, 128], x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP * PIECES, P, 128], w_desc.layout)
+    xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * STEP, xs_desc.block_type.shape[0]], xs_desc.layout)
     ws_bufs = gl.allocate_shared_memory(
         ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
     )
-    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2, 64, y_desc.block_type.shape[1]], y_desc.layout)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, y_desc.block_type.shape[1]], y_desc.layout)
     ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
-    full, empty = make_barriers(STAGES, 2)
+    full, empty = make_barriers(STAGES, GROUPS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     num_m = (M + BM - 1) // BM
     num_n = (N + P * PIECES - 1) // (P * PIECES)
-    gl.warp_specialize(
-        [
-            (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                         ws_ld, N, num_m, num_n, num_kb, full_waves, dealt, 0, PIECES, STAGES, U, STREAM_K, HAS_BIAS)),
-            (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                         ws_ld, N, num_m, num_n, num_kb, full_waves, dealt, 1, PIECES, STAGES, U, STREAM_K, HAS_BIAS)),
-            (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
-                         num_m, num_n, num_kb, full_waves, dealt, PIECES, SCALE_ROWS, STAGES, STREAM_K)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, 24],
-    )  # fmt: skip
+    # the tuples are written out: constexprs do not survive in variables
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS, PIECES, STEP, STAGES, U,
+                             STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS, PIECES, STEP, STAGES, U,
+                             STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS, PIECES, STEP, STAGES, U,
+                             STREAM_K, HAS_BIAS)),
+                (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
+                             ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
+                             STAGES, STREAM_K)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS, PIECES, STEP, STAGES, U,
+                             STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
+                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS, PIECES, STEP, STAGES, U,
+                             STREAM_K, HAS_BIAS)),
+                (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
+                             ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
+                             STAGES, STREAM_K)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )  # fmt: skip
 
 
 def launch(
@@ -408,16 +465,16 @@ def launch(
     w: e4m3 [N, K]; w_scale: fp32 [ceil(N / 128), ceil(K / 128)]. y: [M, N], rows at multiples of 16 bytes.
     """
     (m, k), n = x.shape, w.shape[0]
-    grid = wide_grid(config, m, n, sm_count)
+    grid = wide_grid(config, m, n, k, sm_count)
     if grid.cut_tiles:
-        workspace = torch.empty(grid.dealt * 2 * 128 * config.bn, device=x.device, dtype=torch.float32)
-        tickets = take_tickets(x.device, 2 * (config.tiles(m, n) - grid.full_waves * grid.programs))
+        workspace = torch.empty(grid.dealt * 2 * 64 * config.groups * config.bn, device=x.device, dtype=torch.float32)
+        tickets = take_tickets(x.device, config.groups * (config.tiles(m, n) - grid.full_waves * grid.programs))
     else:
         workspace, tickets = w_scale, w_scale  # unused
     arguments = (
-        matrix(x, 128, 128),
+        matrix(x, 64, 128),
         matrix(w, config.piece, 128),
-        flat(x_scale, 4 * 128),
+        flat(x_scale, 4 * (256 if config.groups == 3 else 128)),
         flat(w_scale),
         matrix(y, 64, config.staging),
         w_scale if bias is None else bias,
@@ -427,18 +484,20 @@ def launch(
         w_scale.stride(0),
         m,
         n,
-        ceil_div(k, 128),
+        ceil_div(k, 128) // config.step,
         grid.full_waves,
         max(grid.dealt, 1),
     )
     constants = {
+        "GROUPS": config.groups,
+        "STEP": config.step,
         "PIECES": config.pieces,
         "STAGES": config.stages(y.element_size()),
-        "U": config.unroll,
+        "U": config.unroll // config.step,
         "STREAM_K": grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
-        "CONSUMER_REGISTERS": 240,
+        "CONSUMER_REGISTERS": 160 if config.groups == 3 else 240,
     }
-    options = {"num_warps": 4, "maxnreg": 168, "launch_pdl": config.pdl}
+    options = {"num_warps": 4, "maxnreg": 128 if config.groups == 3 else 168, "launch_pdl": config.pdl}
     return Launch(wide_kernel, (grid.programs,), arguments, constants, options)

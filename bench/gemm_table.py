@@ -1,0 +1,158 @@
+"""The final table of bench/gemm.py: what `blockscale.matmul` picks on every shape, beside its peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+
+import torch
+from gemm import Case, environment, geomean, launch, log, prepare, sm_count, time_case
+from gemm_peers import PEERS
+from shapes import NK, REGIMES, UNSEEN, regime
+from timer import ceilings
+
+from blockscale import ops
+from blockscale.kernels.gluon.heuristic import choose
+from blockscale.platform import detect
+from blockscale.registry import Problem, select
+
+PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
+
+
+def picked(case: Case) -> str:
+    """The kernel that the registry picks for this shape."""
+    x, w = case.x, case.w
+    problem = Problem("matmul", case.n, case.k, x.data.dtype, w.format, w.layout, torch.bfloat16, x_format=x.format,
+                      x_layout=x.layout)  # fmt: skip
+    return select(problem, detect("cuda"), repack=False).pick(case.m).name
+
+
+def table(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> None:
+    """Measure all shapes, then those that no table has seen; write json, md and a roofline picture's data."""
+    wanted = list(nks) + [nk for nk in UNSEEN if not args.nk]
+    chosen = {(m, n, k): choose(m, n, k, sm_count()) for n, k in wanted for m in ms}
+    texts = sorted({str(c) for c in chosen.values()})
+    peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
+    verdicts, lines = prepare(texts, [p.name for p in peers], wanted, ms, args, args.prepare)
+    bad = {t: v for t, v in verdicts.items() if v}
+    log(len(texts), "configurations checked; bad:", json.dumps(bad), *lines)
+    out = {"environment": environment(), "ceilings": ceilings(), "configurations_checked": texts, "bad": bad, "rows": []}
+    out["dispatch"] = dispatch()
+    log("dispatch", json.dumps(out["dispatch"]))
+    rows: list[dict] = []
+    for n, k in wanted:
+        for m in ms:
+            if time.time() - START > args.budget:
+                log("out of time at", m, n, k)
+                break
+            case = Case(m, n, k)
+            config = chosen[m, n, k]
+            times, faults = time_case(case, [] if str(config) in bad else [config], peers, rounds=11 if m < 2048 else 7)
+            name = picked(case)
+            if str(config) in times:
+                times[name] = times.pop(str(config))
+            rows.append({"m": m, "n": n, "k": k, "time_us": {a: round(b, 3) for a, b in times.items()}, "ours": name,
+                         "config": str(config), "unseen": (n, k) in UNSEEN, "faults": faults})  # fmt: skip
+            del case
+        out["rows"] = rows
+        (args.out / "h200-gemm.json").write_text(json.dumps(out, indent=1))
+        torch.cuda.empty_cache()
+    text = markdown(out)
+    (args.out / "h200-gemm.md").write_text(text)
+    print(text)
+
+
+START = time.time()
+
+
+def dispatch() -> dict[str, float]:
+    """Host microseconds of one eager call at M=1: `ops.linear`, its kernel called directly, and the bare launches."""
+    from blockscale import quantize
+    from blockscale.kernels import gluon
+    from blockscale.kernels.gluon import gemm
+    from blockscale.kernels.gluon import quantize as group
+
+    w = quantize(torch.randn(1536, 7168, device="cuda"), "fp8_128x128")
+    x = torch.randn(1, 7168, device="cuda", dtype=torch.bfloat16)
+    problem = ops.linear_problem(w, torch.bfloat16)
+    kernel = gluon.DecodeLinear()
+    config = choose(1, 1536, 7168, sm_count())
+    act = problem.activation_format
+    assert act is not None
+    q = group.quantize(x, act, 1e-10)
+    y = torch.empty(1, 1536, device="cuda", dtype=torch.bfloat16)
+    first, second = group.launch(x, q.data, q.scale, False, 1e-10), launch(q, w, None, y, config, sm_count())
+    calls = {
+        "linear": lambda: ops.linear(x, w),
+        "kernel_run": lambda: kernel.run(problem, x, w, None),
+        "bare_launches": lambda: (first.run(), second.run()),
+        "gemm_multiply": lambda: gemm.multiply(q, w, None, torch.bfloat16, config, sm_count()),
+    }
+    result = {}
+    for name, call in calls.items():
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+        spans = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            spans.append((time.perf_counter() - start) / 50 * 1e6)
+            torch.cuda.synchronize()
+        result[name] = round(sorted(spans)[2], 2)
+    return result
+
+
+def summary(rows: list[dict], peer: str | None) -> dict[str, dict[str, float]]:
+    """Geomean, worst and count of time(peer) / time(ours) by regime; None takes the best peer of each shape."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        times = dict(row["time_us"])
+        ours = times.pop(row["ours"], math.nan)
+        other = min(times.values(), default=math.nan) if peer is None else times.get(peer, math.nan)
+        if not math.isnan(ours + other):
+            found.setdefault(regime(row["m"]), []).append(other / ours)
+    return {name: {"geomean": geomean(v), "worst": min(v), "shapes": len(v)} for name, v in found.items()}
+
+
+def markdown(out: dict) -> str:
+    """The report: geomeans by regime, then every row."""
+    rows, env = out["rows"], out["environment"]
+    lines = [
+        "# FP8 1x128 x 128x128 GEMM on one H200",
+        "",
+        f"{env['device']}, torch {env['torch']}, triton {env['triton']}, CUDA {env['cuda']}. CUDA graphs, operands rotated "
+        "past L2, replays interleaved, medians; one run. Written by `python bench/gemm.py`.",
+        "",
+        "Ceilings measured: " + ", ".join(f"{k} {v:.0f}" for k, v in out["ceilings"].items()) + ".",
+        "Host microseconds of an eager call (1x1536x7168): "
+        + ", ".join(f"{k} {v}" for k, v in out["dispatch"].items()) + ".",
+        "",
+        "## time(peer) / time(ours), geomean (worst) over the shapes of a regime",
+        "",
+        "| regime | " + " | ".join([*PEER_NAMES, "best peer of each shape"]) + " |",
+        "|---" * (len(PEER_NAMES) + 2) + "|",
+    ]  # fmt: skip
+    for title, seen in (("", False), (" (unseen shapes)", True)):
+        part = [r for r in rows if r["unseen"] == seen]
+        tables = [summary(part, peer) for peer in (*PEER_NAMES, None)]
+        for name, _, _ in REGIMES:
+            cells = [f"{t[name]['geomean']:.3f} ({t[name]['worst']:.2f})" if name in t else "-" for t in tables]
+            lines.append(f"| {name}{title} | " + " | ".join(cells) + " |")
+    lines += ["", "## Every shape, microseconds", "",
+              "| M | N | K | ours | kernel | configuration | GB/s | TFLOP/s | " + " | ".join(PEER_NAMES) + " |",
+              "|---" * (8 + len(PEER_NAMES)) + "|"]  # fmt: skip
+    for row in rows:
+        m, n, k, times = row["m"], row["n"], row["k"], row["time_us"]
+        ours = times.get(row["ours"], math.nan)
+        rate = (n * k + m * k + 2 * m * n) / ours / 1e3
+        cells = [f"{times[p]:.1f} ({times[p] / ours:.2f})" if p in times else "-" for p in PEER_NAMES]
+        lines.append(
+            f"| {m} | {n} | {k} | {ours:.2f} | {row['ours']} | {row['config']} | {rate:.0f} | {2 * m * n * k / ours / 1e6:.0f} | "
+            + " | ".join(cells) + " |"
+        )  # fmt: skip
+    faults = [f"{r['m']}x{r['n']}x{r['k']} {name}: {what}" for r in rows for name, what in r["faults"].items()]
+    return "\n".join([*lines, "", *(["Faults:", *faults] if faults else ["No faults."]), ""])

@@ -1,0 +1,61 @@
+"""Configurations are plain data: their budgets, grids and names, as literal tables."""
+
+import pytest
+
+from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, parse, wide_grid
+
+
+@pytest.mark.parametrize(
+    ("config", "out_bytes", "stages"),
+    [
+        (Wide(128, 8), 2, 6),
+        (Wide(128, 8), 4, 5),  # fp32 results take the memory of a stage
+        (Wide(128, 8, step=2), 2, 3),
+        (Wide(192), 2, 5),
+        (Wide(256, 2), 2, 4),
+        (Wide(64, 8), 2, 8),
+        (Wide(128, 8, groups=3), 2, 4),
+    ],
+)
+def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None:
+    assert config.stages(out_bytes) == stages
+
+
+@pytest.mark.parametrize("per_sm", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_programs_that_share_an_sm_fit_its_memory_and_registers(tokens: int, per_sm: int) -> None:
+    config = Swap(tokens, per_sm=per_sm)
+    stage = (tokens + 64) * 128 + max(tokens, 32) * 4 + 128 + 16
+    assert config.stages >= 2
+    assert per_sm * (config.stages * stage + 64 * tokens * 4 + 1024) <= SHARED_BYTES
+    cap, consumers = config.registers
+    assert cap * 256 * per_sm <= 65536
+    assert consumers >= cap
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "grid"),
+    [
+        (Wide(128), (128, 1024, 4096), Grid(8, 1, 0)),  # eight tiles, eight programs
+        (Wide(128), (4096, 7168, 2048), Grid(132, 14, 0)),  # 1792 tiles in 14 waves
+        (Wide(128, parts=4), (4096, 7168, 2048), Grid(132, 13, 132)),  # the last 76 tiles are cut for everybody
+        (Wide(64, parts=4), (128, 2112, 7168), Grid(132, 0, 132)),  # 33 tiles, four programs each
+        (Wide(64, parts=3), (128, 2112, 7168), Grid(99, 0, 99)),
+        (Wide(64, parts=8), (128, 128, 256), Grid(4, 0, 4)),  # two tiles of two steps: no more than two programs each
+        (Wide(128, parts=4), (128, 132 * 128, 512), Grid(132, 1, 0)),  # nothing is left to cut
+    ],
+)
+def test_grids(config: Wide, shape: tuple[int, int, int], grid: Grid) -> None:
+    assert wide_grid(config, *shape, 132) == grid
+
+
+@pytest.mark.parametrize(
+    "text", ["wide-128-u8-p1-g2-s1", "wide-192-u4-p3-g2-s1-nopdl", "swap-16-g1-k4-x2-s2", "swap-8-g2-k0-x1-s1-nopdl"]
+)
+def test_names_round_trip(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+def test_a_name_that_is_none_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match="got 'wide-128', need e.g. 'wide-128-u8-p1-g2-s1'"):
+        parse("wide-128")
