@@ -3,9 +3,6 @@
 // 16-bit weights come two to a lane; x is permuted alike, as in decode.h.
 #pragma once
 #include "quantize.h"
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace BLOCKSCALE_ISA {
 

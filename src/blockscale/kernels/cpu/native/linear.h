@@ -10,12 +10,12 @@ namespace BLOCKSCALE_ISA {
 constexpr int kGemvRows = 4;
 constexpr int kPrefetch = 1024;  // bytes ahead in a weight row
 
-#if defined(__AVX512F__)
-constexpr int kTileM = 6;  // 6 x 4 accumulators, 6 + 1 operands of 32 registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32 of them, else 16
 #else
-constexpr int kTileM = 3;  // 3 x 4, 3 + 1 of 16
+constexpr bool kManyRegisters = false;
 #endif
-constexpr int kTileN = 4;
+constexpr int kTileN = 4, kTileM = kManyRegisters ? 6 : 3;  // accumulators of the matmul; the operands need kTileM + 1
 
 #if defined(__aarch64__)
 #define IN_REGISTER(v) __asm__("" : "+w"(v))
@@ -84,24 +84,40 @@ struct ScaleRows {
 // Chunks [c0, c1) of a row as fp32 with their scales, permuted; exact, NaN and infinity included.
 template <class D>
 static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1, float* to) {
-  constexpr int64_t C = kChunk<D>;
+  constexpr int64_t C = kChunk<D>, B = 4 * W;
   const F unit = splat(D::kUnit);
-  for (int64_t c = c0; c < c1; c++, to += C) {
-    const float* at = scale + c * C / w.block_cols;
-    const F s = w.scales(at);
-    uint8_t tail[4 * W] = {};
-    const uint8_t* from = row + c * 4 * W;
-    if (c >= w.full_chunks) {
-      memcpy(tail, from, w.row_bytes - c * 4 * W);
-      from = tail;
+  I special = I{};
+  float* out = to;
+  int64_t index = c0 / w.span;
+  for (int64_t c = c0; c < c1; index++) {
+    const F s = w.scales(scale + index * w.step), both = s * unit;
+    const int64_t end = least(c1, (index + 1) * w.span);
+    const bool overflows = any((bits<I>(both) & 0x7F800000) == 0x7F800000);  // a scale above 2^7: two steps
+    for (; c < end; c++, out += C) {
+      const uint8_t* from = row + c * B;
+      uint8_t tail[B];
+      if (c >= w.full_chunks) {
+        memset(tail, 0, B);
+        memcpy(tail, from, w.row_bytes - c * B);
+        from = tail;
+      }
+      __builtin_prefetch(row + c * B + kPrefetch);
+      const I v = load<I>(from);
+      special |= D::special(v);
+      F b[D::E];
+      D::decode(v, b);
+      if (overflows) UNROLL for (int j = 0; j < D::E; j++) store(out + j * W, b[j] * unit * s);
+      else UNROLL for (int j = 0; j < D::E; j++) store(out + j * W, b[j] * both);
     }
-    const I v = load<I>(from);
-    F b[D::E];
-    D::decode(v, b);
-    UNROLL for (int j = 0; j < D::E; j++) store(to + j * W, b[j] * unit * s);
-    if (D::kSpecial && any(D::special(v) & D::kSpecial))
-      for (int j = 0; j < D::E; j++)
-        for (int i = 0; i < W; i++) to[j * W + i] = D::one(from, D::E * i + j) * s[i];
+  }
+  if (!D::kSpecial || !any(special & D::kSpecial)) return;
+  for (int64_t c = c0; c < c1; c++, to += C) {
+    const F s = w.scales(scale + c / w.span * w.step);
+    for (int j = 0; j < D::E; j++)
+      for (int i = 0; i < W; i++) {
+        const int64_t k = c * C + D::E * i + j;
+        to[j * W + i] = k < w.k ? D::one(row, k) * s[i] : 0;
+      }
   }
 }
 
@@ -122,13 +138,29 @@ static void gemv_rows(const Weight<D>& w, int64_t n, const float* const (&scale)
   for (int64_t c0 = 0; c0 < w.chunks; c0 += w.span, at += w.step) {
     F sum[M][R];
     UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = F{};
-    auto step = [&](const uint8_t* from, int r, const float* xc) __attribute__((always_inline)) {
-      I v = load<I>(from);
-      special |= D::special(v);
-      F b[D::E];
-      D::decode(v, b);
-      UNROLL for (int a = 0; a < M; a++)
-        UNROLL for (int j = 0; j < D::E; j++) sum[a][r] += b[j] * load<F>(xc + a * x.stride + j * W);
+    auto step = [&](const uint8_t* const (&from)[R], const float* xc) __attribute__((always_inline)) {
+      if (kManyRegisters) {  // all rows decoded first, so that a vector of x is loaded once for all of them
+        F b[R][D::E];
+        UNROLL for (int r = 0; r < R; r++) {
+          const I v = load<I>(from[r]);
+          special |= D::special(v);
+          D::decode(v, b[r]);
+        }
+        UNROLL for (int j = 0; j < D::E; j++) UNROLL for (int a = 0; a < M; a++) {
+          F xv = load<F>(xc + a * x.stride + j * W);
+          IN_REGISTER(xv);
+          UNROLL for (int r = 0; r < R; r++) sum[a][r] += b[r][j] * xv;
+        }
+        return;
+      }
+      UNROLL for (int r = 0; r < R; r++) {
+        const I v = load<I>(from[r]);
+        special |= D::special(v);
+        F b[D::E];
+        D::decode(v, b);
+        UNROLL for (int a = 0; a < M; a++)
+          UNROLL for (int j = 0; j < D::E; j++) sum[a][r] += b[j] * load<F>(xc + a * x.stride + j * W);
+      }
     };
     const int64_t c1 = least(w.full_chunks, c0 + w.span);
 #pragma GCC unroll 1
@@ -138,10 +170,15 @@ static void gemv_rows(const Weight<D>& w, int64_t n, const float* const (&scale)
         const uint8_t* line = row[0] + ahead + (ahead >= w.row_bytes ? (R - 1) * w.row_bytes : 0);
         UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(line + r * w.row_bytes);
       }
-      UNROLL for (int r = 0; r < R; r++) step(row[r] + c * B, r, x.x + c * C);
+      const uint8_t* from[R];
+      UNROLL for (int r = 0; r < R; r++) from[r] = row[r] + c * B;
+      step(from, x.x + c * C);
     }
-    if (c0 + w.span > w.full_chunks && w.full_chunks < w.chunks)
-      UNROLL for (int r = 0; r < R; r++) step(tail[r], r, x.x + w.full_chunks * C);
+    if (c0 + w.span > w.full_chunks && w.full_chunks < w.chunks) {
+      const uint8_t* from[R];
+      for (int r = 0; r < R; r++) from[r] = tail[r];
+      step(from, x.x + w.full_chunks * C);
+    }
     UNROLL for (int r = 0; r < R; r++) {
       const F s = w.scales(scale[r] + at);
       UNROLL for (int a = 0; a < M; a++) total[a][r] += sum[a][r] * unit * s;
@@ -175,11 +212,7 @@ static void finish(const LinearSpec& spec, const LinearCall& call, int64_t m0, i
 
 template <class D, int M>
 static void gemv(const LinearSpec& spec, const LinearCall& call) {
-#if defined(__AVX512F__)
-  constexpr int R = 4;
-#else
-  constexpr int R = M > 2 ? 2 : 4;
-#endif
+  constexpr int R = M > 2 || D::E == 8 ? 2 : 4;
   const Weight<D> w(spec, call);
   const Prepared x = prepare<D>(spec, call, true);
   const int64_t group = 32;

@@ -7,6 +7,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -51,11 +54,15 @@ INLINE F min(F a, F b) { return a < b ? a : b; }
 INLINE F max(F a, F b) { return a > b ? a : b; }
 
 INLINE bool any(I v) {  // whether some bit is set
-  int32_t lane[W];
-  store(lane, v);
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bits<__m512i>(v), bits<__m512i>(v)) != 0;
+#elif defined(__AVX__)
+  return !_mm256_testz_si256(bits<__m256i>(v), bits<__m256i>(v));
+#else
   int32_t all = 0;
-  for (int i = 0; i < W; i++) all |= lane[i];
+  for (int i = 0; i < W; i++) all |= v[i];
   return all != 0;
+#endif
 }
 
 INLINE F4 fold(F v) {  // W lanes to 4 by adding
