@@ -137,7 +137,7 @@ class Convert:
                 requantized += 1
                 stats.add(values(q).float(), new, i)
             else:
-                stats.add_exact(new)
+                stats.add_exact(new, mixed=self.requantize)
             write(names.data, parts.pop(names.data))
             for name, t in parts.items():
                 if name == names.scale or begin == 0:

@@ -96,8 +96,9 @@ def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
     """The whole job, from headers alone. Raises CheckpointError when there is nothing to quantize."""
     encoding = make_encoding(get_format(options.format), options.style, options.scale_dtype)
     if src.suffix == ".gguf":
+        original: Mapping[str, Any]
         original, stored = read_gguf(src)
-        groups = {src: [_step(tensor, encoding, options, "BF16") for tensor in stored]}
+        groups: dict[Path, list[Step]] = {src: [_step(tensor, encoding, options, "BF16") for tensor in stored]}
     else:
         original, groups = _from_safetensors(src, encoding, options)
     steps = [step for group in groups.values() for step in group]

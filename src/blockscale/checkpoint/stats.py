@@ -39,11 +39,12 @@ class Stats:
         for part, stored in [(x, q)] if self._full else self._sample(x, q, index):
             self._measure(part.float(), stored, level)
 
-    def add_exact(self, q: BlockScaled) -> None:
-        """A slab `q: [rows, cols]` whose values did not change."""
+    def add_exact(self, q: BlockScaled, mixed: bool) -> None:
+        """A slab `q: [rows, cols]` whose values did not change. mixed: others of the tensor may have changed."""
         self._count_scales(q)
         self._measured += q.shape[-2] * q.shape[-1]
-        self._power += float(dequantize(q).square().sum(dtype=torch.float64))
+        if mixed:
+            self._power += float(dequantize(q).square().sum(dtype=torch.float64))
 
     def _count_scales(self, q: BlockScaled) -> float:
         level = 1.0 if q.global_scale is None else float(q.global_scale)

@@ -36,7 +36,7 @@ def dots(series: Dots, x_label: str, y_label: str) -> str:
     for i, name in enumerate(ordered):
         colour = COLOURS[i % len(COLOURS)]
         parts += [
-            f'<circle cx="{place(x):.1f}" cy="{_up(y, y_high, y_low):.1f}" r="3.4" fill="{colour}" fill-opacity="0.75"/>'
+            f'<circle cx="{place(x):.1f}" cy="{_up(y, y_high, y_low):.1f}" r="3.4" fill="{colour}" opacity="0.75"/>'
             for x, y in series[name]
         ]
         if i < 16:
