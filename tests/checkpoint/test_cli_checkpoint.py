@@ -1,13 +1,15 @@
 """The commands: JSON that scripts can rely on, and exit codes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from blockscale.checkpoint.errors import InexactError
 from blockscale.cli import app
 from blockscale.errors import BlockscaleError
-from makers import make_deepseek_v4
 
 
 def run(*args):
@@ -35,9 +37,9 @@ def test_quantize_then_inspect(llama, tmp_path):
     assert found["plain"]["BF16"]["tensors"] == 5
 
 
-def test_inspect_for_people(tmp_path, monkeypatch):
+def test_inspect_for_people(models, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    out = run("inspect", make_deepseek_v4(tmp_path / "v4", mtp=False)).stdout
+    out = run("inspect", models("v4")).stdout
     assert "fp8_128x128_ue8m0" in out
     assert "mxfp4" in out
     assert "bits per weight" in out
@@ -51,3 +53,33 @@ def test_words_that_do_not_exist(llama, tmp_path, args):
     with pytest.raises(BlockscaleError):
         run("quantize", llama, tmp_path / "out", *args)
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_dequantize_verify(models, tmp_path):
+    v4 = models("v4")
+    assert run("convert", v4, tmp_path / "f32", "--scale-dtype", "f32", "--json").exit_code == 0
+    same = run("verify", v4, tmp_path / "f32", "--json")
+    report = json.loads(same.stdout)
+    assert (same.exit_code, report["same_values"], report["identical"], report["structure"]) == (0, True, False, [])
+    assert run("dequantize", v4, tmp_path / "bf16", "--json").exit_code == 0
+    assert run("verify", v4, tmp_path / "bf16").exit_code == 0
+    with pytest.raises(InexactError, match="would change values"):
+        run("convert", tmp_path / "f32", tmp_path / "x", "--format", "nvfp4")
+
+
+def test_verify_of_different_checkpoints(llama, tmp_path):
+    run("quantize", llama, tmp_path / "q", "--format", "fp8_128x128", "--json")
+    result = run("verify", llama, tmp_path / "q")
+    assert (result.exit_code, "FAILED" in result.stdout) == (1, True)
+    assert run("verify", llama, tmp_path / "q", "--max-error", "0.05").exit_code == 0
+
+
+def test_the_message_and_the_exit_code_of_bad_input(llama, tmp_path):
+    """As a user sees it: one line on stderr, exit code 2, no traceback."""
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"\xff" * 16)
+    command = [sys.executable, "-m", "blockscale", "inspect", str(tmp_path / "bad")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/bad/model.safetensors: header claims")
+    assert len(done.stderr.splitlines()) == 1

@@ -57,7 +57,7 @@ def test_reads_what_the_library_writes(tmp_path):
         (changed("a", shape=[True, 6]), 28, "a: shape needs"),
         (changed("a", shape=[-2, -3]), 28, "a: shape needs"),
         (changed("a", shape=[1 << 62, 1 << 62]), 28, "a: shape needs"),
-        (changed("a", shape=[1 << 61, 1 << 61]), 28, "a: F32"),
+        (changed("a", shape=[1 << 61, 1 << 61]), 28, "a: shape is beyond any memory"),
         (changed("a", shape=None), 28, "a: shape needs"),
         (changed("a", dtype="F31"), 28, "a: unknown dtype 'F31'"),
         (changed("a", dtype=["F32"]), 28, "a: unknown dtype"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from ..errors import CheckpointError, ScaleError, UnknownNameError
 from ..formats import Format
 from ..layouts import decode_scale, encode_e8m0
+from ..numerics import DEFAULT_FLOOR
+from ..reference import block_amax, round_scale, to_blocks
 from ..tensor import BlockScaled
 from .header import DTYPES, dtype_code
 from .names import Parts, Style, get_style
@@ -34,12 +35,13 @@ class Encoding:
             return "I8" if self.style.name == "deepseek_v4" and not self.format.two_level else "U8"
         return dtype_code(self.format.element.dtype)
 
-    def parts(self, module: str, static: bool = False) -> Parts:
-        return self.style.parts(module, packed=self.format.packed, two_level=self.format.two_level, static=static)
+    def parts(self, module: str, static: bool = False, stacked: bool = False) -> Parts:
+        fmt = self.format
+        return self.style.parts(module, packed=fmt.packed, two_level=fmt.two_level, static=static, stacked=stacked)
 
     def specs(self, module: str, shape: tuple[int, ...], static: bool = False) -> tuple[Spec, ...]:
         """The tensors for a weight of logical `shape` (n, k): data, scale, global scale, input scale."""
-        names = self.parts(module, static)
+        names = self.parts(module, static, stacked=len(shape) > 2)
         rows, cols = shape[-2:]
         data = Spec(names.data, self.data_dtype, (*shape[:-2], *self.format.data_shape(rows, cols)))
         scale = Spec(names.scale, self.scale_dtype, self.scale_shape(shape))
@@ -58,16 +60,16 @@ class Encoding:
             return (*lead, grid[0])
         return (*lead, *grid)
 
-    def tensors(self, module: str, q: BlockScaled) -> dict[str, Tensor]:
-        """The tensors by name. Raises ScaleError when a scale cannot be stored exactly in `scale_dtype`."""
-        names = self.parts(module, q.input_scale is not None)
+    def tensors(self, module: str, q: BlockScaled, stacked: bool = False) -> dict[str, Tensor]:
+        """The tensors by name. Raises ScaleError when a scale cannot be stored exactly."""
+        names = self.parts(module, q.input_scale is not None, stacked)
         found = {
             names.data: q.data.view(DTYPES[self.data_dtype]),
             names.scale: store_scale(q.scale, self.scale_dtype).reshape(self.scale_shape(q.shape)),
         }
         for name, value in ((names.global_scale, q.global_scale), (names.input_scale, q.input_scale)):
             if name is not None and value is not None:
-                found[name] = (1 / value.float()) if names.inverse else value.float()
+                found[name] = _inverse(value.float(), name) if names.inverse else value.float()
         return found
 
 
@@ -125,7 +127,27 @@ def store_scale(scale: Tensor, code: str) -> Tensor:
     return stored
 
 
-def scale_values(tensors: Mapping[str, Tensor], parts: Parts) -> Tensor:
-    """The stored scales as fp32."""
-    scale = tensors[parts.scale]
-    return decode_scale(scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale)
+def _inverse(value: Tensor, name: str) -> Tensor:
+    """An fp32 `y` with `1 / y == value`: compressed-tensors stores inverses. Raises ScaleError when there is none."""
+    near = (1 / value.double()).float()
+    candidates = (near, torch.nextafter(near, near * 2), torch.nextafter(near, near * 0))
+    exact = torch.stack([1 / c == value for c in candidates])
+    if not bool(exact.any(0).all()):
+        raise ScaleError(f"{name}: no fp32 number has the inverse {value.flatten()[0]:.9g}")
+    return torch.where(exact[0], candidates[0], torch.where(exact[1], candidates[1], candidates[2]))
+
+
+def storable_scale(x: Tensor, encoding: Encoding) -> Tensor | None:
+    """For `x: [rows, cols]`: dynamic scales that the 16-bit storage dtype holds; None where storage is exact anyway."""
+    if encoding.scale_dtype not in ("BF16", "F16"):
+        return None
+    fmt = encoding.format
+    amax = block_amax(to_blocks(x.float(), fmt)).clamp(min=DEFAULT_FLOOR)
+    return round_scale(amax, fmt, fmt.scale_rounding).to(DTYPES[encoding.scale_dtype])
+
+
+def storable_global_scale(amax: Tensor, encoding: Encoding) -> Tensor:
+    """NVFP4's second level for a matrix with this largest magnitude, as a reader of the style will see it."""
+    level = amax / (448.0 * encoding.format.max)
+    level = torch.where(level > 0, level, 1.0)
+    return 1 / (1 / level) if encoding.style.inverse else level

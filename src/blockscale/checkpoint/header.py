@@ -164,6 +164,8 @@ def _tensor(name: str, entry: Any, base: int, size: int, path: Path) -> TensorIn
     start, end = base + offsets[0], base + offsets[1]
     if end > size:
         raise CheckpointError(f"{where}: data ends at byte {end}, the file has {size} (truncated, or the header lies)")
+    if math.prod(max(1, size) for size in shape) >= 1 << 62:
+        raise CheckpointError(f"{where}: shape is beyond any memory: {_short(shape)}")
     bits = math.prod(shape) * _BITS[dtype]
     if bits != (end - start) * 8:
         raise CheckpointError(

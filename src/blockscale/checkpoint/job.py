@@ -2,10 +2,10 @@
 
 A job writes into `DST.unfinished/` and renames it to DST when all is there, so DST is either absent or complete.
 
-    job.json             what was asked, and of which source
-    <shard>.partial      being written; its name loses `.partial` when its bytes are on the disk
-    records/<shard>.json hashes of a finished shard and the report of its steps
-    manifest             all records, once every shard is finished: from here on only the renaming is left
+    job.json               what was asked, and of which source
+    <shard>.<pid>.partial  being written; renamed when its bytes are on the disk
+    records/<shard>.json   hashes of a finished shard and the report of its steps
+    manifest               all records, once every shard is finished: from here on only the renaming is left
 
 A second run with the same request keeps the shards whose content still hashes to their record and makes the rest. The
 result does not depend on kills, the number of workers or the clock.
@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Job:
 
     tool, options: the request, JSON-able. source: the folder or file read. files: its files, for `fingerprint`.
     finish: writes config and other small files into the folder it is given, from all step records.
+    strict: option values that only refuse (`nan="error"`): what was written under them holds under any other value,
+    so a run that was refused can go on with the refusal lifted.
     """
 
     tool: str
@@ -70,6 +72,7 @@ class Job:
     files: tuple[Path, ...]
     shards: tuple[Shard, ...]
     finish: Callable[[Path, Sequence[Mapping[str, Any]]], None]
+    strict: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -140,9 +143,16 @@ def prepared(job: Job) -> Iterator[None]:
             _require_same(job, load_json(work / _REQUEST), work, list(_known_steps(job)))
         elif stray := next((p for p in work.iterdir() if p.name != _LOCK and not p.name.endswith(".partial")), None):
             raise DestinationError(f"{work}: holds {stray.name} and no {_REQUEST}: not an unfinished run")
+        for leftover in work.glob("*.partial"):
+            leftover.unlink()
         (work / _RECORDS).mkdir(exist_ok=True)
         write_json(work / _REQUEST, job.request)
-        yield
+        try:
+            yield
+        except CheckpointError:
+            if not any((work / _RECORDS).iterdir()):
+                shutil.rmtree(work)  # refused before anything was made: leave no trace
+            raise
 
 
 def run_shards(job: Job, shards: Sequence[Shard], listen: Listener) -> int:
@@ -254,8 +264,10 @@ def _require_same(job: Job, old: Mapping[str, Any], where: Path, steps: Sequence
     has read is read again and must have the checksum that was recorded.
     """
     new = json.loads(json.dumps(job.request))
-    for key in ("tool", "options"):
-        if old.get(key) != new[key]:
+    options = dict(old.get("options", {}))
+    options |= {key: new["options"][key] for key, strict in job.strict.items() if options.get(key) == strict}
+    for key, value in (("tool", old.get("tool")), ("options", options)):
+        if value != new[key]:
             raise DestinationError(f"{where}: holds {_request_text(old)}, asked for {_request_text(new)}; delete one")
     before, now = old.get("source", {}), new["source"]
     for name in sorted(before.keys() | now.keys()):

@@ -57,8 +57,19 @@ class Style:
     input_scale: str = "input_scale"
     inverse: bool = False
 
-    def parts(self, module: str, *, packed: bool, two_level: bool, static: bool) -> Parts:
-        """Names for one module. packed: FP4 data; two_level: has a global scale; static: has an input scale."""
+    def parts(self, module: str, *, packed: bool, two_level: bool, static: bool, stacked: bool = False) -> Parts:
+        """Names for one module. packed: FP4 data; two_level: has a global scale; static: has an input scale.
+
+        stacked: several experts in one tensor, which is itself called `module`.
+        """
+        if stacked:
+            return Parts(
+                data=module,
+                scale=f"{module}_{self.scale.removeprefix('weight_')}",
+                global_scale=f"{module}_{self.global_scale.removeprefix('weight_')}" if two_level else None,
+                input_scale=f"{module}_{self.input_scale}" if static else None,
+                inverse=self.inverse,
+            )
         return Parts(
             data=f"{module}.{self.packed_data if packed else self.data}",
             scale=f"{module}.{self.scale}",
@@ -146,6 +157,15 @@ def scale_candidates(data: str) -> str:
     if data == module:
         return f"{data}_scale_inv or {data}_scale"
     return f"{module}.weight_scale_inv, {module}.weight_scale or {module}.scale"
+
+
+def style_of(parts: Parts, method: str) -> Style:
+    """The style that a stored weight is in. method: the config's quant_method, where names alone do not tell."""
+    if parts.inverse or parts.data.endswith(_PACKED) or method == "compressed-tensors":
+        return STYLES["compressed_tensors"]
+    if parts.scale.endswith(("_scale_inv", "weight_scale_inv")):
+        return STYLES["deepseek"]
+    return STYLES["modelopt" if parts.scale.endswith(("weight_scale", "_scale")) else "deepseek_v4"]
 
 
 def owner_of_scale(name: str) -> str | None:

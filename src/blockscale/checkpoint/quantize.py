@@ -15,10 +15,12 @@ from ..errors import CheckpointError
 from ..formats import Format, get_format
 from .config import describe, with_quantization
 from .encode import Encoding, make_encoding
-from .job import Job, Listener, Result, copy_file, pack_shards, run_job
+from .gguf import read_gguf, save_tokenizer
+from .job import Job, Listener, Result, copy_file, pack_shards
 from .names import module_of
 from .reader import open_checkpoint
 from .report import write_report
+from .scaleout import carry_out
 from .source import FileTensor, SourceTensor
 from .steps import Copy, Quantize, Step, is_matrix
 from .writer import write_json
@@ -87,26 +89,25 @@ def quantize_checkpoint(
     Raises CheckpointError (DestinationError, NotFiniteError …) naming file and tensor, UnknownNameError, OSError.
     """
     chosen = QuantizeOptions(get_format(format).name, **options)
-    return run_job(plan_quantize(Path(src), Path(dst), chosen), listen)
+    return carry_out(plan_quantize, Path(src), Path(dst), chosen, workers, listen)
 
 
 def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
     """The whole job, from headers alone. Raises CheckpointError when there is nothing to quantize."""
     encoding = make_encoding(get_format(options.format), options.style, options.scale_dtype)
-    checkpoint = open_checkpoint(src)
-    if checkpoint.layers:
-        first = checkpoint.layers[0]
-        raise CheckpointError(f"{src}: {first.name} is {first.format} already; use convert, or dequantize first")
-    groups: dict[Path, list[Step]] = {}
-    for info in checkpoint.tensors.values():
-        groups.setdefault(info.file, []).append(_step(FileTensor(info), encoding, options))
+    if src.suffix == ".gguf":
+        original: Mapping[str, Any]
+        original, stored = read_gguf(src)
+        groups: dict[Path, list[Step]] = {src: [_step(tensor, encoding, options, "BF16") for tensor in stored]}
+    else:
+        original, groups = _from_safetensors(src, encoding, options)
     steps = [step for group in groups.values() for step in group]
     if not any(isinstance(step, Quantize) for step in steps):
         raise CheckpointError(f"{src}: no tensor to quantize: {len(steps)} tensors, all skipped or no float matrices")
     left = _left_alone(steps, options)
-    config = with_quantization(checkpoint.config, describe(encoding.format, encoding.style.name, left))
+    config = with_quantization(original, describe(encoding.format, encoding.style.name, left))
     folder = src if src.is_dir() else None
-    files = (*groups, *(_small_files(folder) if folder else ()))
+    files = (*groups, *(small_files(folder) if folder else ()))
     return Job(
         "quantize",
         src,
@@ -114,18 +115,33 @@ def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
         {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
         files,
         pack_shards(list(groups.values()), options.shard_size),
-        _finisher(folder, config, options),
+        _finisher(src, config, options),
+        strict={"nan": "error"},
     )
 
 
-def _step(source: SourceTensor, encoding: Encoding, options: QuantizeOptions) -> Step:
+def _from_safetensors(
+    src: Path, encoding: Encoding, options: QuantizeOptions
+) -> tuple[Mapping[str, Any], dict[Path, list[Step]]]:
+    """config.json, and the steps of each file."""
+    checkpoint = open_checkpoint(src)
+    if checkpoint.layers:
+        first = checkpoint.layers[0]
+        raise CheckpointError(f"{src}: {first.name} is {first.format} already; use convert, or dequantize first")
+    groups: dict[Path, list[Step]] = {}
+    for info in checkpoint.tensors.values():
+        groups.setdefault(info.file, []).append(_step(FileTensor(info), encoding, options, None))
+    return checkpoint.config, groups
+
+
+def _step(source: SourceTensor, encoding: Encoding, options: QuantizeOptions, copy_dtype: str | None) -> Step:
     if chosen(source, options) and is_matrix(source):
         if encoding.format.packed and source.shape[1] % 2:
             raise CheckpointError(
                 f"{source.name}: {encoding.format} packs two columns a byte, got {list(source.shape)}"
             )
         return Quantize(source, encoding, options.nan == "keep", options.scales == "mse", options.report == "full")
-    return Copy(source)
+    return Copy(source, dtype=copy_dtype)
 
 
 def chosen(source: SourceTensor, options: QuantizeOptions) -> bool:
@@ -148,7 +164,7 @@ def _left_alone(steps: Sequence[Step], options: QuantizeOptions) -> list[str]:
     return [module for module in left if not _any(module, ("*embed*", "*wte", "*wpe", "*norm*"))]
 
 
-def _small_files(folder: Path) -> list[Path]:
+def small_files(folder: Path) -> list[Path]:
     """Everything else in the folder that a model needs: tokenizer, generation config, code, licence."""
     skipped = ("model.safetensors.index.json", "blockscale_manifest.json")
     return sorted(
@@ -158,10 +174,14 @@ def _small_files(folder: Path) -> list[Path]:
 
 
 def _finisher(
-    folder: Path | None, config: Mapping[str, Any], options: QuantizeOptions
+    src: Path, config: Mapping[str, Any], options: QuantizeOptions
 ) -> Callable[[Path, Sequence[Mapping[str, Any]]], None]:
+    folder = src if src.is_dir() else None
+
     def finish(work: Path, records: Sequence[Mapping[str, Any]]) -> None:
-        for path in _small_files(folder) if folder else ():
+        if src.suffix == ".gguf":
+            save_tokenizer(src, work)
+        for path in small_files(folder) if folder else ():
             if path.name not in ("config.json", "hf_quant_config.json"):
                 copy_file(path, work / path.name)
         write_json(work / "config.json", config)

@@ -168,7 +168,7 @@ def _layer(info: TensorInfo, parts: Parts, tensors: Mapping[str, TensorInfo], co
 
 def _fp4_format(info: TensorInfo, scale: TensorInfo, level: TensorInfo | None, shape: tuple[int, ...]) -> Format:
     """MXFP4 has E8M0 scales (or their bytes) for 32 elements, NVFP4 E4M3 scales for 16 and a global scale."""
-    for name, dtypes in (("mxfp4", _E8M0), ("nvfp4", ("F8_E4M3",))):
+    for name, dtypes in (("mxfp4", (*_E8M0, "F32", "BF16")), ("nvfp4", ("F8_E4M3",))):
         fmt = FORMATS[name]
         if scale.dtype in dtypes:
             _check_grid(info, scale, fmt, shape)
@@ -178,7 +178,7 @@ def _fp4_format(info: TensorInfo, scale: TensorInfo, level: TensorInfo | None, s
                 )
             return fmt
     raise CheckpointError(
-        f"{info.file}: {info}: packed FP4 needs a scale in F8_E8M0 or U8 (mxfp4) or F8_E4M3 (nvfp4), got {scale}"
+        f"{info.file}: {info}: packed FP4 needs a scale in F8_E8M0, U8, F32, BF16 (mxfp4), F8_E4M3 (nvfp4), got {scale}"
     )
 
 
@@ -242,25 +242,45 @@ def _disagree(info: TensorInfo, scale: TensorInfo, config: QuantConfig, why: str
     return CheckpointError(f"{info.file}: {info} with {scale}: {why}; config and tensors disagree ({config})")
 
 
-def assemble(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConfig | None = None) -> BlockScaled:
-    """BlockScaled from the stored tensors of a layer. Raises CheckpointError for scales that cannot multiply."""
-    names, fmt = layer.parts, layer.format
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a layer as they multiply: grid `[..., grid rows, grid cols]`, fp32 second level and input scale."""
+
+    scale: Tensor
+    global_scale: Tensor | None
+    input_scale: Tensor | None
+
+
+def scales_of(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConfig | None = None) -> Scales:
+    """Read the scale tensors of a layer: E8M0 kept as bytes, compressed-tensors' inverses turned over.
+
+    parts: its tensors by name (the data may be absent). Raises CheckpointError for scales that cannot multiply.
+    """
+    names, fmt, lead = layer.parts, layer.format, layer.shape[:-2]
     scale = parts[names.scale]
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
-    scale = scale.reshape(*layer.shape[:-2], *fmt.scale_shape(*layer.shape[-2:]))
+    scale = scale.reshape(*lead, *fmt.scale_shape(*layer.shape[-2:]))
     _check_scale(layer, names.scale, scale, config)
-    extras: dict[str, Tensor | None] = {}
-    for key, name in (("global_scale", names.global_scale), ("input_scale", names.input_scale)):
+    extras: list[Tensor | None] = []
+    for name in (names.global_scale, names.input_scale):
         value = None if name is None else parts[name].float()
         if value is not None:
-            value = value.reshape(layer.shape[:-2] if value.numel() > 1 or len(layer.shape) > 2 else ())
+            value = value.reshape(lead if value.numel() > 1 or lead else ())
             value = 1 / value if names.inverse else value
             if not bool((value.isfinite() & (value > 0)).all()):
                 raise CheckpointError(f"{layer.file}: {name}: needs finite positive values, got {value.flatten()[0]:g}")
-        extras[key] = value
-    level, static = extras["global_scale"], extras["input_scale"]
-    return BlockScaled(parts[names.data], scale, fmt, shape=layer.shape, global_scale=level, input_scale=static)
+        extras.append(value)
+    return Scales(scale, extras[0], extras[1])
+
+
+def assemble(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConfig | None = None) -> BlockScaled:
+    """BlockScaled from the stored tensors of a layer. Raises CheckpointError for scales that cannot multiply."""
+    s = scales_of(layer, parts, config)
+    data = parts[layer.parts.data]
+    return BlockScaled(
+        data, s.scale, layer.format, shape=layer.shape, global_scale=s.global_scale, input_scale=s.input_scale
+    )
 
 
 def _check_scale(layer: StoredLayer, name: str, scale: Tensor, config: QuantConfig | None) -> None:

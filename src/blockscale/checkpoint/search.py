@@ -10,37 +10,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import Format
-from ..layouts import decode_scale
+from ..layouts import decode_scale, encode_e8m0
 from ..numerics import DEFAULT_FLOOR
-from ..reference import block_amax, decode, encode, round_scale, store_scale, to_blocks
+from ..reference import block_amax, encode, round_scale, to_blocks
+from .encode import Encoding
+from .exact import from_codes
+from .header import DTYPES
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-"""Candidates relative to the scale of the largest magnitude; powers of two try the exponent and the two below."""
+POWERS = (1.0, 2.0, 0.5, 0.25)
+"""Candidates relative to the scale of the largest magnitude. The first, the plain one, wins ties."""
 
 
-def searched_scale(x: Tensor, fmt: Format) -> Tensor:
-    """For `x: [rows, cols]`: the scale of each block with the least sum of squared errors, stored as `fmt` does.
+def searched_scale(x: Tensor, encoding: Encoding, global_scale: Tensor | None = None) -> Tensor:
+    """For `x: [rows, cols]`: of each block the scale with the least sum of squared errors, in a dtype that `quantize`
+    takes. Candidates are rounded to the storage dtype first, so what is searched is what is stored.
 
-    Ties take the larger scale, so a block that the plain scale suits best keeps it.
+    global_scale: NVFP4's second level.
     """
-    blocks = torch.where(x.isfinite(), x, 0.0).float()
-    blocks = to_blocks(blocks, fmt)
-    first = round_scale(block_amax(blocks).clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
-    ratios = RATIOS if fmt.scale_rounding == "none" else (2.0, 1.0, 0.5, 0.25)
-    best, least = first, torch.full_like(first, torch.inf)
-    for ratio in ratios:
-        candidate = (first * ratio).clamp(min=2.0**-127)
-        step = candidate[..., None, :, None]
-        back = _decode(encode(blocks / step, fmt), fmt) * step
-        error = (back - blocks).square().sum((-3, -1))
+    fmt = encoding.format
+    level = 1.0 if global_scale is None else float(global_scale)
+    blocks = to_blocks(torch.where(x.isfinite(), x, 0.0).float(), fmt)
+    amax = block_amax(blocks)
+    if fmt.two_level:
+        first = amax / fmt.max / level
+    else:
+        first = round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
+    best, least = torch.zeros_like(first), torch.full_like(first, torch.inf)
+    for ratio in RATIOS if fmt.scale_rounding == "none" else POWERS:
+        candidate = decode_scale(_as_stored(first * ratio, encoding))
+        step = (candidate * level)[..., None, :, None]
+        scaled = torch.where(step > 0, blocks / step, 0.0)
+        error = (from_codes(encode(scaled, fmt), fmt) * step - blocks).square().sum((-3, -1))
         best = torch.where(error < least, candidate, best)
         least = torch.minimum(error, least)
-    return store_scale(best, fmt) if fmt.scale_dtype == torch.float8_e8m0fnu else decode_scale(best)
+    return _as_stored(best, encoding)
 
 
-def _decode(codes: Tensor, fmt: Format) -> Tensor:
-    """Element codes, one a byte, to fp32."""
-    if not fmt.packed:
-        return codes.view(fmt.element.dtype).float()
-    return decode(codes | (codes << 4), fmt)[..., ::2]
+def _as_stored(scale: Tensor, encoding: Encoding) -> Tensor:
+    fmt = encoding.format
+    if fmt.two_level:
+        return scale.clamp(max=448.0).to(torch.float8_e4m3fn)
+    if fmt.scale_rounding != "none":
+        return encode_e8m0(scale.clamp(2.0**-127, 2.0**127))
+    return scale.to(DTYPES[encoding.scale_dtype])

@@ -35,13 +35,24 @@ class Stats:
 
     def add(self, x: Tensor, q: BlockScaled, index: int) -> None:
         """One slab `x: [rows, cols]` and what became of it."""
+        level = self._count_scales(q)
+        for part, stored in [(x, q)] if self._full else self._sample(x, q, index):
+            self._measure(part.float(), stored, level)
+
+    def add_exact(self, q: BlockScaled, mixed: bool) -> None:
+        """A slab `q: [rows, cols]` whose values did not change. mixed: others of the tensor may have changed."""
+        self._count_scales(q)
+        self._measured += q.shape[-2] * q.shape[-1]
+        if mixed:
+            self._power += float(dequantize(q).square().sum(dtype=torch.float64))
+
+    def _count_scales(self, q: BlockScaled) -> float:
         level = 1.0 if q.global_scale is None else float(q.global_scale)
         scale = decode_scale(q.scale) * level
         exponents = torch.frexp(scale[scale > 0])[1] - 1
-        values, counts = torch.unique(exponents, return_counts=True)
-        self._scales.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        for part, stored in [(x, q)] if self._full else self._sample(x, q, index):
-            self._measure(part.float(), stored, level)
+        found, counts = torch.unique(exponents, return_counts=True)
+        self._scales.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        return level
 
     def _sample(self, x: Tensor, q: BlockScaled, index: int) -> Iterator[tuple[Tensor, BlockScaled]]:
         """One window of whole blocks, at a place that moves with the slab's index."""
@@ -82,11 +93,16 @@ class Stats:
         """
         relative = math.sqrt(self._error / self._power) if self._power > 0 else 0.0
         return {
-            "relative_error": relative,
-            "sqnr_db": -20 * math.log10(relative) if relative > 0 else None,
-            "clipped": self._clipped / max(1, self._measured),
-            "zeros": self._zeros / max(1, self._measured),
+            "relative_error": _rounded(relative),
+            "sqnr_db": _rounded(-20 * math.log10(relative)) if relative > 0 else None,
+            "clipped": _rounded(self._clipped / max(1, self._measured)),
+            "zeros": _rounded(self._zeros / max(1, self._measured)),
             "amax": self._amax,
             "measured": self._measured,
             "scales": {str(e): n for e, n in sorted(self._scales.items())},
         }
+
+
+def _rounded(value: float) -> float:
+    """Six digits: sums differ in the last bits with the number of threads, and the report shall not."""
+    return float(f"{value:.6g}")

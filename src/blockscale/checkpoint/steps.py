@@ -15,10 +15,11 @@ from torch import Tensor
 from .. import ops, reference
 from ..numerics import DEFAULT_FLOOR
 from ..tensor import BlockScaled
-from .encode import Encoding
+from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import NotFiniteError
 from .header import DTYPES
 from .names import module_of
+from .search import searched_scale
 from .source import Checksum, SourceTensor, checksum, slabs
 from .stats import Stats
 from .writer import Spec
@@ -141,17 +142,13 @@ class Quantize:
     def _quantize(self, x: Tensor, whole: Tensor | None) -> BlockScaled:
         fmt = self.encoding.format
         if fmt.two_level:
-            return reference.quantize(x, fmt, global_scale=whole)
+            scale = searched_scale(x, self.encoding, whole) if self.search else None
+            return reference.quantize(x, fmt, scale=scale, global_scale=whole)
         if self.search:
-            from .search import searched_scale
-
-            return ops.quantize(x, fmt, scale=searched_scale(x, fmt))
-        if self.encoding.scale_dtype in ("BF16", "F16") and whole is None:
-            amax = reference.block_amax(reference.to_blocks(x.float(), fmt)).clamp(min=DEFAULT_FLOOR)
-            whole = reference.round_scale(amax, fmt, fmt.scale_rounding)
-        if whole is not None:
-            whole = whole.to(_given_dtype(self.encoding))
-        return ops.quantize(x, fmt, scale=whole)
+            scale = searched_scale(x, self.encoding)
+        else:
+            scale = storable_scale(x, self.encoding) if whole is None else whole.to(_given_dtype(self.encoding))
+        return ops.quantize(x, fmt, scale=scale)
 
     def _whole_scale(self) -> Tensor | None:
         """What must be known of the whole matrix before its first slab: NVFP4's global scale, a per-tensor scale."""
@@ -163,8 +160,7 @@ class Quantize:
             magnitude = self.source.read(begin, end).float().abs()
             amax = torch.maximum(amax, torch.where(magnitude < torch.inf, magnitude, 0.0).amax())
         if fmt.two_level:
-            level = amax / (448.0 * fmt.max)
-            return torch.where(level > 0, level, 1.0)
+            return storable_global_scale(amax, self.encoding)
         scale = reference.round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
         return reference.store_scale(scale.reshape(1, 1), fmt)
 

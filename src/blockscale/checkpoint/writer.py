@@ -74,7 +74,7 @@ class ShardWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL)
+        return self.path.with_name(f"{self.path.name}.{os.getpid()}{PARTIAL}")
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append the bytes of `piece` (any dtype, contiguous) to the tensor `name`."""

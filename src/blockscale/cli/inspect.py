@@ -42,10 +42,20 @@ def _show(summary: dict[str, Any]) -> None:
             ragged = "ragged" if row["ragged"] else ""
             table.add_row(row["format"], row["scale_dtype"], shape, str(row["layers"]), ragged, row["example"])
         out.print(table)
+        out.print(_ranks_table(summary["tensor_parallel"]))
     plain = Table("unquantized", "tensors", "bytes")
     for dtype, row in summary["plain"].items():
         plain.add_row(dtype, str(row["tensors"]), _size(row["bytes"]))
     out.print(plain)
+
+
+def _ranks_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("ranks", "tensor parallel", "whole", "aligned", "cut inside a block", "uneven", "for example")
+    for row in rows[1:]:
+        example = next(iter(row["examples"].values()), "")
+        counts = [str(row[kind]) for kind in ("whole", "aligned", "inside", "uneven")]
+        table.add_row(str(row["ranks"]), row["verdict"], *counts, example)
+    return table
 
 
 def _size(nbytes: float) -> str:

@@ -1,0 +1,70 @@
+"""`blockscale verify`: compare two checkpoints, tensor by tensor and, if asked, by what the models say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..checkpoint import compare_checkpoints
+from ..errors import BlockscaleError
+from ._logits import compare_logits
+from ._output import console, print_json
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("verify")
+    def command(
+        a: Annotated[Path, typer.Argument(help="The checkpoint that errors are relative to.")],
+        b: Annotated[Path, typer.Argument(help="The other one.")],
+        max_error: Annotated[
+            float | None, typer.Option(help="Accept weights up to this relative error; else values must be equal.")
+        ] = None,
+        logits: Annotated[bool, typer.Option("--logits", help="Run both models on --text too.")] = False,
+        text: Annotated[Path | None, typer.Option(help="Text file for --logits.")] = None,
+        tokens: Annotated[int, typer.Option(help="Tokens a chunk for --logits.")] = 512,
+        chunks: Annotated[int, typer.Option(help="Chunks for --logits.")] = 4,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Structure, bytes, the values of each weight and the quantization configs; nothing is held whole in memory.
+
+        Exit codes: 0 the same (or within --max-error); 1 different; 2 a damaged checkpoint.
+        """
+        if logits and text is None:
+            raise BlockscaleError("verify: --logits needs --text FILE")
+        report = compare_checkpoints(a, b)
+        report["allowed_error"] = max_error or 0.0
+        report["passed"] = not report["structure"] and report["max_relative_error"] <= report["allowed_error"]
+        if logits and text is not None:
+            report["logits"] = compare_logits(a, b, text.read_text(encoding="utf-8"), tokens, chunks)
+        if as_json:
+            print_json(report)
+        else:
+            _show(report)
+        if not report["passed"]:
+            raise typer.Exit(1)
+
+
+def _show(report: dict[str, Any]) -> None:
+    out = console()
+    for line in report["structure"][:20]:
+        out.print(line, style="red", highlight=False)
+    for key, one, two in report["config"]:
+        out.print(f"{key}: {one} against {two}", highlight=False)
+    different = sorted(
+        (r for r in report["tensors"] if not r["equal_bytes"]), key=lambda r: -float(r["relative_error"])
+    )
+    if different:
+        table = Table("tensor", "a", "b", "relative error", "largest error")
+        for row in different[:20]:
+            error, worst = f"{row['relative_error']:.3g}", f"{row['max_error']:.3g}"
+            table.add_row(row["name"], row["a"], row["b"], error, worst)
+        out.print(table)
+    equal = len(report["tensors"]) - len(different)
+    out.print(f"{equal} tensors equal in bytes, {len(different)} not", highlight=False)
+    for name, value in report.get("logits", {}).items():
+        out.print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
+    words = "identical" if report["identical"] else "same values" if report["same_values"] else "different values"
+    out.print(f"{words}; {'passed' if report['passed'] else 'FAILED'}", highlight=False)

@@ -1,0 +1,208 @@
+"""Conversions: exact ones change no value and go back byte for byte; the others are refused, or reported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockscale import BlockScaled, get_format, reference
+from blockscale.checkpoint import (
+    compare_checkpoints,
+    convert_checkpoint,
+    dequantize_checkpoint,
+    open_checkpoint,
+    quantize_checkpoint,
+)
+from blockscale.checkpoint.errors import DestinationError, InexactError
+from blockscale.checkpoint.exact import convert_exact, values
+from blockscale.errors import CheckpointError
+
+E8M0 = torch.float8_e8m0fnu
+
+
+def tensors_of(path):
+    return {n: t for shard in sorted(path.glob("*.safetensors")) for n, t in load_file(shard).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "back"),
+    [
+        ("v31", {"scale_dtype": "e8m0"}, {"scale_dtype": "f32"}),
+        ("v31", {"style": "deepseek_v4", "scale_dtype": "e8m0"}, {"style": "deepseek", "scale_dtype": "f32"}),
+        ("v4", {"scale_dtype": "f32"}, {"scale_dtype": "e8m0"}),
+        ("qwen3", {"style": "compressed_tensors"}, {"style": "deepseek", "scale_dtype": "bf16"}),
+        ("minimax", {"style": "modelopt"}, {"style": "deepseek"}),
+    ],
+)
+def test_exact_there_and_back_is_byte_identical(models, tmp_path, name, there, back):
+    src = models(name)
+    result = convert_checkpoint(src, tmp_path / "there", **there)
+    assert all(record["exact"] for record in result.records if record["step"] == "convert")
+    assert compare_checkpoints(src, tmp_path / "there")["same_values"]
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", **back)
+    report = compare_checkpoints(src, tmp_path / "back")
+    assert report["structure"] == []
+    assert all(row["equal_bytes"] for row in report["tensors"])
+    one, two = tensors_of(src), tensors_of(tmp_path / "back")
+    assert one.keys() == two.keys()
+    assert all(
+        torch.equal(t.reshape(-1).view(torch.uint8), two[n].reshape(-1).view(torch.uint8)) for n, t in one.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "stored"),
+    [
+        ("v4", "fp8_128x128_ue8m0", {("fp8_128x128_ue8m0", "F8_E8M0")}),  # MXFP4 in FP8 tiles: V4-Base
+        ("v4", "mxfp8", {("mxfp8", "F8_E8M0")}),
+        ("v3", "fp8_1x128", {("fp8_1x128", "F32")}),
+        ("v41", "mxfp8", {("mxfp8", "F8_E8M0")}),
+    ],
+)
+def test_formats_that_hold_the_same_values(models, tmp_path, name, fmt, stored):
+    convert_checkpoint(models(name), tmp_path / "out", fmt)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert {(layer.format.name, layer.scale_dtype) for layer in checkpoint.layers} == stored
+    assert compare_checkpoints(models(name), tmp_path / "out")["same_values"]
+    assert "expert_dtype" not in checkpoint.config
+
+
+def test_inexact_is_refused_and_leaves_nothing(models, tmp_path):
+    with pytest.raises(InexactError) as e:
+        convert_checkpoint(models("v3"), tmp_path / "out", "fp8_128x128_ue8m0")
+    assert "model-00001-of-00002.safetensors: model.layers.0.mlp.down_proj: fp8_128x128 (F32 scales) to" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requantize_reports_its_error(models, tmp_path):
+    result = convert_checkpoint(models("v3"), tmp_path / "out", "fp8_128x128_ue8m0", requantize=True, report="full")
+    old, new = open_checkpoint(models("v3")), open_checkpoint(tmp_path / "out")
+    for record in result.records[:12]:
+        if record["step"] == "convert":
+            before = values(old.load(record["name"]))
+            after = values(new.load(record["name"]))
+            error = float((before - after).norm() / before.norm())
+            assert record["relative_error"] == pytest.approx(error, rel=1e-4)
+            assert not record["exact"]
+            want = reference.quantize(before.float(), get_format("fp8_128x128_ue8m0"))
+            assert torch.equal(new.load(record["name"]).data.view(torch.uint8), want.data.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp8_tensor", "fp8_row", "mxfp4"])
+def test_requantize_to_every_kind(models, tmp_path, fmt):
+    convert_checkpoint(models("minimax"), tmp_path / "out", fmt, requantize=True, only=(), skip=())
+    checkpoint = open_checkpoint(tmp_path / "out")
+    name = "model.layers.0.self_attn.o_proj"
+    before = values(open_checkpoint(models("minimax")).load(name)).float()
+    want = reference.quantize(before, get_format(fmt))
+    q = checkpoint.load(name)
+    assert checkpoint.layer(name).format.name == fmt
+    assert torch.equal(q.data.view(torch.uint8), want.data.view(torch.uint8))
+    assert q.global_scale is None or torch.equal(q.global_scale, want.global_scale)
+
+
+def test_a_refused_run_can_go_on_with_the_refusal_lifted(tmp_path):
+    """The first shard is exact, the second is not: allowing it keeps the first."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for i, scale in enumerate((2.0, 3.0)):
+        data = torch.ones(128, 128).to(torch.float8_e4m3fn)
+        parts = {f"l{i}.weight": data, f"l{i}.weight_scale_inv": torch.full((1, 1), scale)}
+        save_file(parts, src / f"model-{i + 1:05d}-of-00002.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (src / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InexactError, match="l1: fp8_128x128"):
+        convert_checkpoint(src, tmp_path / "out", "fp8_128x128_ue8m0")
+    with pytest.raises(DestinationError, match="format=mxfp8"):
+        convert_checkpoint(src, tmp_path / "out", "mxfp8")
+    result = convert_checkpoint(src, tmp_path / "out", "fp8_128x128_ue8m0", requantize=True)
+    assert (result.kept, result.shards) == (1, 2)
+
+
+def test_nvfp4_between_modelopt_and_compressed_tensors(llama, tmp_path):
+    """The inverse of a compressed-tensors scale is exact both ways, since it was chosen so."""
+    quantize_checkpoint(llama, tmp_path / "ct", "nvfp4", style="compressed_tensors")
+    convert_checkpoint(tmp_path / "ct", tmp_path / "mo", style="modelopt")
+    convert_checkpoint(tmp_path / "mo", tmp_path / "back", style="compressed_tensors")
+    one, two = open_checkpoint(tmp_path / "ct"), open_checkpoint(tmp_path / "mo")
+    for layer in one.layers:
+        assert torch.equal(one.load(layer.name).global_scale, two.load(layer.name).global_scale)
+    assert compare_checkpoints(tmp_path / "ct", tmp_path / "mo")["same_values"]
+    assert compare_checkpoints(tmp_path / "ct", tmp_path / "back")["same_values"]
+
+
+def test_a_mixture_no_config_can_describe(models, tmp_path):
+    with pytest.raises(CheckpointError, match="no config can describe this mixture: fp8_128x128 as deepseek, fp8_row"):
+        convert_checkpoint(models("v3"), tmp_path / "out", "fp8_row", only=("*self_attn*",), requantize=True)
+
+
+def test_dequantize_of_powers_of_two_is_exact(models, tmp_path):
+    result = dequantize_checkpoint(models("v4"), tmp_path / "out", "bf16")
+    assert all(record["exact"] for record in result.records if record["step"] == "dequantize")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.layers == []
+    assert "quantization_config" not in checkpoint.config
+    assert compare_checkpoints(models("v4"), tmp_path / "out")["same_values"]
+
+
+def test_dequantize_of_fp32_scales_says_what_it_costs(models, tmp_path):
+    result = dequantize_checkpoint(models("v3"), tmp_path / "out")
+    errors = [record["relative_error"] for record in result.records if record["step"] == "dequantize"]
+    assert 5e-4 < max(errors) < 3e-3
+
+
+def test_quantize_of_the_dequantized_gives_the_same_bytes_again(models, tmp_path):
+    """FP32 scales survive: amax / 448 of the dequantized block is the scale it was made with, to the last bit or so."""
+    dequantize_checkpoint(models("v31"), tmp_path / "f32", "f32")
+    quantize_checkpoint(tmp_path / "f32", tmp_path / "again", "fp8_128x128_ue8m0", skip=("*eh_proj",))
+    report = compare_checkpoints(models("v31"), tmp_path / "again")
+    assert report["same_values"]
+
+
+# -- the rules, block by block ------------------------------------------------------------------------------------
+
+
+def mxfp4(data, exponents):
+    scale = (torch.tensor(exponents) + 127).to(torch.uint8).view(E8M0)
+    return BlockScaled(data, scale, get_format("mxfp4"))
+
+
+def test_mxfp4_in_fp8_tiles_where_scales_lie_close():
+    data = torch.randint(0, 256, (128, 64), dtype=torch.uint8)
+    near = mxfp4(data, [[0, 1, -3, 2]] * 64 + [[4, 0, 0, -4]] * 64)
+    out = convert_exact(near, get_format("fp8_128x128_ue8m0"))
+    assert torch.equal(values(out), values(near))
+    assert out.scale.view(torch.uint8).tolist() == [[127 + 4 - 6]]
+    far = mxfp4(data, [[0, 1, -3, 2]] * 64 + [[20, 0, 0, -4]] * 64)
+    assert convert_exact(far, get_format("fp8_128x128_ue8m0")) is None
+
+
+def test_finer_blocks_repeat_scales():
+    q = reference.quantize(torch.randn(200, 300), get_format("fp8_128x128"))
+    out = convert_exact(q, get_format("fp8_32x64"))
+    assert out.scale.shape == (7, 5)
+    assert torch.equal(values(out), values(q))
+    assert torch.equal(out.scale[:4, :2], q.scale[:1, :1].expand(4, 2))
+
+
+def test_coarser_blocks_only_where_scales_agree():
+    data = torch.ones(256, 128).to(torch.float8_e4m3fn)
+    fine = get_format("fp8_128x128")
+    assert convert_exact(BlockScaled(data, torch.tensor([[3.0], [3.0]]), fine), get_format("fp8_256x128")) is not None
+    assert convert_exact(BlockScaled(data, torch.tensor([[3.0], [5.0]]), fine), get_format("fp8_256x128")) is None
+
+
+def test_a_second_level_is_neither_invented_nor_folded():
+    q = reference.quantize(torch.randn(32, 64), get_format("nvfp4"))
+    assert convert_exact(q, get_format("fp8_1x16")) is None
+    assert convert_exact(reference.quantize(torch.randn(32, 64), get_format("mxfp4")), get_format("nvfp4")) is None
+
+
+@pytest.mark.parametrize("byte", [0, 1, 127, 254])
+def test_e8m0_ends_convert_exactly(byte):
+    scale = torch.full((1, 1), byte, dtype=torch.uint8).view(E8M0)
+    q = BlockScaled(torch.ones(4, 32).to(torch.float8_e4m3fn), scale, get_format("fp8_32x32_ue8m0"))
+    out = convert_exact(q, get_format("fp8_32x32"))
+    assert out.scale.item() == 2.0 ** (byte - 127)
+    assert convert_exact(out, get_format("fp8_32x32_ue8m0")).scale.view(torch.uint8).item() == byte

@@ -1,0 +1,123 @@
+"""The report page, the search for scales, and the tensor-parallel verdict."""
+
+import html.parser
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockscale import get_format, reference
+from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
+from blockscale.checkpoint.encode import make_encoding
+from blockscale.checkpoint.names import Parts
+from blockscale.checkpoint.reader import StoredLayer
+from blockscale.checkpoint.report import kind_of, page
+from blockscale.checkpoint.search import searched_scale
+from blockscale.checkpoint.sharding import fit, verdicts
+from blockscale.checkpoint.svg import bars, dots
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+
+
+def test_the_page_stands_alone(llama, tmp_path):
+    quantize_checkpoint(llama, tmp_path / "out", "mxfp4")
+    text = (tmp_path / "out" / "quantization_report.html").read_text()
+    found = Page(text)
+    assert (found.links, found.tags.count("svg"), "script" in found.tags) == ([], 2, False)
+    assert found.tags.count("circle") == 2 * 7  # seven weights, seven legend entries
+    assert "model.layers.0.mlp.down_proj" in text
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["summary"]["tensors"] == 7
+    assert {sum(t["scales"].values()) for t in report["tensors"]} == {256 * 8, 128 * 8, 192 * 8, 256 * 6}
+
+
+def test_names_are_escaped():
+    row = {"name": "layers.0.<b>", "shape": [1, 1], "relative_error": 0.1, "sqnr_db": 20.0, "scales": {"0": 1}}
+    assert "<b>" not in page("x", {"tensors": 1, "copied": 0, "mean_relative_error": 0, "max_relative_error": 0}, [row])
+
+
+def test_plots_of_odd_data():
+    assert dots({"a": [(0.0, 0.0)]}, "x", "y").startswith("<svg")
+    assert dots({"a": [(3.0, 0.1)], "b": [(-1.0, 0.2)]}, "x", "y").count("<circle") == 4
+    assert bars({}, "x", "y") == "<p>none</p>"
+    assert bars({-3: 5, 2: 1}, "x", "y").count("<rect") == 6
+
+
+def test_kinds():
+    assert kind_of("model.layers.3.mlp.experts.17.up_proj") == (3, "mlp.experts.up_proj")
+    assert kind_of("layers.0.attn.wq_a") == (0, "attn.wq_a")
+    assert kind_of("lm_head") == (None, "lm_head")
+
+
+# -- searched scales ----------------------------------------------------------------------------------------------
+
+
+def squared_error(x, q):
+    return float((reference.dequantize(q) - x).double().square().sum())
+
+
+@pytest.mark.parametrize("name", ["fp8_128x128", "fp8_32x32_ue8m0", "mxfp8", "mxfp4", "nvfp4"])
+def test_searched_scales_are_never_worse(name):
+    x = torch.randn(70, 192) * torch.randn(70, 1).exp()
+    x[3, 5] = 40.0
+    fmt = get_format(name)
+    plain = reference.quantize(x, fmt)
+    scale = searched_scale(x, make_encoding(fmt), plain.global_scale)
+    searched = reference.quantize(x, fmt, scale=scale, global_scale=plain.global_scale)
+    assert squared_error(x, searched) <= squared_error(x, plain) * (1 + 1e-9)
+    if fmt.packed:
+        assert squared_error(x, searched) < squared_error(x, plain) * 0.95
+
+
+def test_quantize_with_searched_scales(llama, tmp_path):
+    quantize_checkpoint(llama, tmp_path / "plain", "mxfp4", report="full")
+    quantize_checkpoint(llama, tmp_path / "mse", "mxfp4", scales="mse", report="full")
+
+    def error(path):
+        return json.loads((path / "quantization_report.json").read_text())["summary"]["mean_relative_error"]
+
+    assert error(tmp_path / "mse") < error(tmp_path / "plain") * 0.98
+
+
+# -- tensor parallel ----------------------------------------------------------------------------------------------
+
+
+def layer(name, n, k, fmt="fp8_128x128"):
+    return StoredLayer(name, get_format(fmt), (n, k), "F32", Parts("a", "b"), Path("x"), 0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "ranks", "want"),
+    [
+        (layer("m.gate_proj", 512, 256), 4, "aligned"),
+        (layer("m.gate_proj", 320, 256), 2, "inside"),  # 160 rows: a block and a quarter
+        (layer("m.gate_proj", 192, 256), 1, "whole"),
+        (layer("m.gate_proj", 192, 256), 5, "uneven"),
+        (layer("m.down_proj", 256, 512), 4, "aligned"),
+        (layer("m.down_proj", 256, 192), 2, "inside"),
+        (layer("m.w2", 256, 192, "mxfp4"), 2, "aligned"),
+        (layer("m.w2", 256, 192, "mxfp4"), 4, "inside"),
+        (layer("m.kv_a_proj_with_mqa", 576, 256), 8, "whole"),
+        (layer("m.q_proj", 300, 256, "fp8_tensor"), 4, "aligned"),
+    ],
+)
+def test_how_a_layer_splits(stored, ranks, want):
+    assert fit(stored, ranks) == want
+
+
+def test_verdicts(models):
+    rows = {row["ranks"]: row for row in verdicts(open_checkpoint(models("qwen3")).layers)}
+    assert rows[1]["verdict"] == "on block boundaries"
+    assert rows[2]["verdict"] == "re-block"
+    assert "experts" in rows[2]["examples"]["inside"]
+    assert rows[5]["verdict"] == "uneven"
