@@ -2,14 +2,14 @@
 
 from functools import partial
 
-import naive_models
 import pytest
 import torch
-from makers import make_deepseek_v3, make_deepseek_v4, make_minimax_m2, make_qwen3_moe
 from safetensors.torch import load_file
 
 import blockscale
+import naive_models
 from blockscale.integrations import transformers as integration
+from makers import make_deepseek_v3, make_deepseek_v4, make_minimax_m2, make_qwen3_moe
 
 V3 = partial(naive_models.e4m3, group=128, powers=False, floor=1e-10)
 V32 = partial(naive_models.e4m3, group=128, powers=True, floor=1e-4)
@@ -35,7 +35,7 @@ CASES = {
     "qwen3-moe-ragged": (make_qwen3_moe, {"intermediate": 192}, {"linear": V3, "experts": V3}),
     "minimax-m2": (make_minimax_m2, {}, {"linear": V3, "experts": V3}),
 }
-IDS = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -62,31 +62,24 @@ def test_the_model_equals_dequantize_and_fake_quantize(case, tmp_path):
     assert relative_error(model, naive) <= 1e-3
 
 
-def test_no_block_scaled_weight_is_left_out(case):
+def test_no_block_scaled_weight_of_the_model_is_left_out(case):
+    """Multi-token prediction layers apart, which transformers' models do not have."""
     folder, model, _ = case
-    quantized = {n for f in folder.glob("*.safetensors") for n, t in load_file(f).items() if t.element_size() == 1}
-    held = sum(m.quantized.data.numel() for m in model.modules() if isinstance(m, blockscale.nn.WeightModule))
+    extra = ("mtp.", f"model.layers.{model.config.num_hidden_layers}.")
     on_disk = sum(
-        load.numel()
-        for f in folder.glob("*.safetensors")
-        for n, load in load_file(f).items()
-        if n in quantized and n.endswith("weight") and not n.startswith(("mtp.", "model.layers.2."))
+        tensor.numel()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.endswith("weight") and tensor.element_size() == 1 and not name.startswith(extra)
     )
-    v4 = any(n.startswith("layers.") for n in quantized)
-    if v4:
-        on_disk = sum(
-            t.numel()
-            for f in folder.glob("*.safetensors")
-            for n, t in load_file(f).items()
-            if n in quantized and n.endswith("weight") and n.startswith("layers.")
-        )
-    assert held == on_disk
+    modules = [m for m in model.modules() if isinstance(m, blockscale.nn.WeightModule)]
+    assert sum(m.quantized.data.numel() for m in modules) == on_disk
 
 
 def test_it_generates(case):
     _, model, _ = case
     tokens = model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert tokens.shape == (1, 43)
+    assert tokens.shape == (1, 27)
 
 
 def test_saving_gives_back_every_byte_and_name(case, tmp_path):
