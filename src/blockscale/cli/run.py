@@ -51,7 +51,7 @@ def run(
     stream: bool = False,
 ) -> dict[str, Any]:
     """Load, generate greedily, measure: `{text, prompt_tokens, new_tokens, prefill_tokens_per_second, …}`."""
-    load, measure = _integration()
+    load, measure = integration()
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
@@ -80,7 +80,7 @@ def run(
     }
 
 
-def _integration() -> tuple[Any, Any]:
+def integration() -> tuple[Any, Any]:
     """`load` and `measure`, or an error that says what to install."""
     try:
         from ..integrations.transformers import load, measure
