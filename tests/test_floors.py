@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "src" / "blockscale"
 FLOOR = {
     "errors": 0, "version": 0,
     "formats": 1, "platform": 1, "observe": 1,
-    "tensor": 2, "numerics": 2,
+    "tensor": 2, "numerics": 2, "policy": 3,
     "layouts": 3, "reference": 4,
     "registry": 5, "tuning": 5,
     "kernels": 6,

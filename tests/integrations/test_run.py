@@ -49,3 +49,16 @@ def test_text_streams_and_figures_follow(checkpoint):
 def test_an_unknown_policy_is_refused_with_the_near_names(checkpoint):
     result = CliRunner().invoke(app, ["run", str(checkpoint), "w5", "--numerics", "checkpont"])
     assert "did you mean 'checkpoint'" in str(result.exception)
+
+
+def test_bench_model_needs_no_tokenizer(checkpoint, tmp_path):
+    picture = tmp_path / "split.svg"
+    args = ("--prompt-tokens", 6, "--new-tokens", 3, "--picture", picture, "--json")
+    result = CliRunner().invoke(app, ["bench", "model", *map(str, (checkpoint, *args))])
+    assert result.exception is None, result.output
+    report = json.loads(result.output)
+    assert report["stored_weight_bytes"] <= report["resident_weight_bytes"] <= report["stored_weight_bytes"] + 1024
+    for split in (report["prefill_split"], report["decode_split"]):
+        assert sum(split.values()) == pytest.approx(1)
+    assert len(report["logits_sha256"]) == 64
+    assert picture.read_text().startswith("<?xml")

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
         prompt: Annotated[str, typer.Argument(help="Text to continue.")],
         max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-        numerics: Annotated[str, typer.Option(help="checkpoint, weight_only, or another preset.")] = "checkpoint",
+        numerics: Annotated[str, typer.Option(help="reference, hf, vllm, checkpoint, weight_only …")] = "reference",
         device: Annotated[str, typer.Option(help="Device: cpu, cuda, xpu …")] = "cpu",
         dtype: Annotated[str, typer.Option(help="dtype of activations: auto, bfloat16, float16, float32.")] = "auto",
         kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
@@ -43,7 +43,7 @@ def run(
     prompt: str,
     max_new_tokens: int,
     *,
-    numerics: str = "checkpoint",
+    numerics: str = "reference",
     device: str = "cpu",
     dtype: str = "auto",
     kernel: str | None = None,
@@ -51,7 +51,7 @@ def run(
     stream: bool = False,
 ) -> dict[str, Any]:
     """Load, generate greedily, measure: `{text, prompt_tokens, new_tokens, prefill_tokens_per_second, …}`."""
-    load, measure = _integration()
+    load, measure = integration()
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
@@ -80,7 +80,7 @@ def run(
     }
 
 
-def _integration() -> tuple[Any, Any]:
+def integration() -> tuple[Any, Any]:
     """`load` and `measure`, or an error that says what to install."""
     try:
         from ..integrations.transformers import load, measure

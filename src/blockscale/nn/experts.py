@@ -120,7 +120,7 @@ class Experts(nn.Module):
             y = y * weight[:, None]
         parts = torch.empty_like(y)
         parts[order] = y
-        return parts.view(*index.shape, -1).sum(1).to(x.dtype)
+        return parts.view(*index.shape, y.shape[-1]).sum(1).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"limit={self.limit}, weigh_first={self.weigh_first}"

@@ -18,9 +18,9 @@ from transformers.quantizers import auto
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
 from ...numerics import Numerics
-from . import measure
-from .policy import Policy
-from .quantizer import POLICY, BlockscaleQuantizer, StoredConfig, check_version
+from ...policy import Policy
+from . import measure, quantizer
+from .quantizer import LOADING, BlockscaleQuantizer, Choice, StoredConfig, check_version
 
 METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")
 """Values of `quant_method` that `load` takes."""
@@ -36,7 +36,7 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    numerics: str | Numerics = "checkpoint",
+    numerics: str | Numerics | Policy = "reference",
     kernel: str | None = None,
     device: torch.device | str | None = None,
     **options: Any,
@@ -44,7 +44,8 @@ def load(
     """A causal language model whose block-scaled layers run on the stored bytes.
 
     path: a checkpoint folder. dtype: of activations and unquantized weights; "auto" is the checkpoint's.
-    numerics: what is computed, see `Numerics`. kernel: an order for every layer. device: where to (default CPU).
+    numerics: what is computed: "reference" (as the model's authors do), "hf", "vllm", or a `Numerics` for every
+    layer; see `blockscale.policy`. kernel: an order for every layer. device: where to (default CPU).
     options: `from_pretrained`'s, e.g. device_map.
 
     Raises CheckpointError when the folder holds no block-scaled weights or contradicts itself, NoKernelError when
@@ -59,31 +60,31 @@ def load(
     config = AutoConfig.from_pretrained(path)
     if not getattr(config, "quantization_config", None):
         config.quantization_config = dict(checkpoint.quantization.raw) or {"quant_method": "fp8"}
-    token = POLICY.set(Policy.uniform(numerics, kernel))
+    token = LOADING.set(Choice(numerics, kernel))
     try:
         with _installed(METHODS):
             return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
     finally:
-        POLICY.reset(token)
+        LOADING.reset(token)
 
 
-def enable(numerics: str | Numerics = "checkpoint", *, kernel: str | None = None) -> None:
+def enable(numerics: str | Numerics | Policy = "reference", *, kernel: str | None = None) -> None:
     """Let `from_pretrained` load block-scaled checkpoints through this library, with these numerics.
 
     Raises BlockscaleError when the installed transformers is not of the tested series.
     """
     check_version()
-    POLICY.set(Policy.uniform(numerics, kernel))
+    quantizer.enabled = Choice(numerics, kernel)
     _install(ENABLED)
 
 
 def disable() -> None:
     """Give `from_pretrained` back to transformers."""
-    for method, (quantizer, config) in _stock.items():
-        _set(auto.AUTO_QUANTIZER_MAPPING, method, quantizer)
+    for method, (theirs, config) in _stock.items():
+        _set(auto.AUTO_QUANTIZER_MAPPING, method, theirs)
         _set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config)
     _stock.clear()
-    POLICY.set(Policy())
+    quantizer.enabled = Choice()
 
 
 def _install(methods: tuple[str, ...]) -> None:
@@ -109,6 +110,6 @@ def _installed(methods: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     finally:
-        for m, (quantizer, config) in before.items():
-            _set(auto.AUTO_QUANTIZER_MAPPING, m, quantizer)
+        for m, (theirs, config) in before.items():
+            _set(auto.AUTO_QUANTIZER_MAPPING, m, theirs)
             _set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, m, config)

@@ -19,8 +19,8 @@ from ...checkpoint import Checkpoint, StoredLayer
 from ...errors import CheckpointError
 from ...formats import Format
 from ...nn import BlockDiagonalLinear, Experts, Linear, Names, WeightModule
+from ...policy import Policy
 from ...tensor import BlockScaled
-from .policy import Policy
 
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<which>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _STACKED = re.compile(r"(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)")
@@ -101,7 +101,7 @@ def _bind_linear(
     groups = getattr(module, "n_groups", None)
     if groups is None:
         ours: WeightModule = Linear(
-            _empty(layer, (n, k)), _meta_like(module.bias), numerics=policy.numerics("linear", layer.format),
+            _empty(layer, (n, k)), _meta_like(module.bias), numerics=policy.linear,
             kernel=policy.kernel, names=_LOADING,
         )  # fmt: skip
     else:
@@ -111,7 +111,7 @@ def _bind_linear(
                 f"{layer.file}: {layer.name}: {groups} groups of {n // groups} rows cut through blocks of {rows} rows"
             )
         ours = BlockDiagonalLinear(
-            _empty(layer, (groups, n // groups, k)), numerics=policy.numerics("grouped_output", layer.format),
+            _empty(layer, (groups, n // groups, k)), numerics=policy.grouped_output,
             kernel=policy.kernel, names=_LOADING,
         )  # fmt: skip
     _place(model, path, ours)
@@ -154,7 +154,7 @@ def _bind_experts(
     gate_up = weights["gate_up"] if "gate_up" in weights else (weights["gate"], weights["up"])
     ours = Experts(
         gate_up, weights["down"], limit=getattr(module, "limit", None), weigh_first=policy.weigh_first,
-        numerics=policy.numerics("experts", weights["down"].format), kernel=policy.kernel, names=_LOADING,
+        numerics=policy.experts, kernel=policy.kernel, names=_LOADING,
     )  # fmt: skip
     _place(model, path, ours)
     for role, filled in slots.items():

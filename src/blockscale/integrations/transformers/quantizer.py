@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import BlockscaleError, CheckpointError
 from ...nn import DenseLinear, Experts, WeightModule
+from ...numerics import Numerics
+from ...policy import Policy, model_policy
 from .binding import Bindings, as_stored, bind, fill, stored_tensors
-from .policy import Policy
 
 TESTED = "5.23"
 """The transformers series that these interfaces were tested with: they are private, and upstream is moving them."""
 
-POLICY: ContextVar[Policy] = ContextVar("blockscale_policy", default=Policy())  # noqa: B039 (frozen)
-"""The policy that models loaded now get."""
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked of every model: see `blockscale.policy.model_policy`."""
+
+    numerics: str | Numerics | Policy = "reference"
+    kernel: str | None = None
+
+
+enabled = Choice()
+"""Of `enable`: for every thread."""
+LOADING: ContextVar[Choice | None] = ContextVar("blockscale_loading", default=None)
+"""Of the `load` that is running in this context, if any."""
 
 
 def check_version() -> None:
@@ -92,8 +105,11 @@ class BlockscaleQuantizer(HfQuantizer):
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             raise CheckpointError("block-scaled models load from safetensors files; got a state_dict or pickle files")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        choice = LOADING.get() or enabled
+        policy = model_policy(choice.numerics, self.checkpoint.config, kernel=choice.kernel)
+        model.blockscale_policy = policy
         with torch.device("cpu"):  # transformers builds models under the meta device
-            self.bindings = bind(model, self.checkpoint, _renamer(model), POLICY.get())
+            self.bindings = bind(model, self.checkpoint, _renamer(model), policy)
         self._expect_only_the_rest(model)
         return model
 
