@@ -187,7 +187,8 @@ def grouped_groups(quick: bool, sweep: bool) -> Iterator[Group]:
                 out = torch.empty(t, n, device="cuda", dtype=torch.bfloat16)
                 calls["deep_gemm"] = lambda i, xs=xs, ws=ws, o=out, e=ids: (
                     peer.m_grouped_fp8_gemm_nt_contiguous(
-                        (xs[i].data, xs[i].scale.mT[: o.shape[0]]), (ws[i].data, ws[i].scale), o, e, disable_ue8m0_cast=True
+                        (xs[i].data, xs[i].scale.mT[: o.shape[0]]), (ws[i].data, ws[i].scale), o, e,
+                        disable_ue8m0_cast=True,
                     ), o,
                 )[1]  # fmt: skip
             first = row_error(_rows(xs[0], t // experts), ws[0][0])

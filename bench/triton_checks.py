@@ -23,7 +23,7 @@ from blockscale import conformance, layouts, reference
 from blockscale.formats import get_format
 from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
-from blockscale.kernels.triton.codec import decode, decode_ptx, encode
+from blockscale.kernels.triton.codec import decode, decode_fp4_ptx, decode_ptx, encode
 from blockscale.numerics import get_numerics
 from blockscale.platform import detect
 from blockscale.registry import explain
@@ -45,6 +45,10 @@ def decode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     if ELEMENT == "ptx":
         tl.store(y_ptr + at, decode_ptx(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+    elif ELEMENT == "fp4 ptx":
+        pairs = tl.arange(0, 2)[:, None] * N + tl.arange(0, N)[None, :]
+        half = tl.arange(0, 2)[:, None] * (N // 2) + tl.arange(0, N // 2)[None, :]
+        tl.store(y_ptr + pairs, decode_fp4_ptx(tl.load(x_ptr + half), y_ptr.dtype.element_ty))
     else:
         tl.store(y_ptr + at, decode(tl.load(x_ptr + at), ELEMENT, y_ptr.dtype.element_ty))
 
@@ -86,6 +90,12 @@ def check_ptx() -> Iterator[str]:
         bad = (got.float().cpu() * lift).nan_to_num(1e9) != want.nan_to_num(1e9)
         if bad.any():
             yield f"{dtype}: {bad.nonzero().flatten().tolist()[:8]} decode to {got.float().cpu()[bad][:8].tolist()}"
+        got = torch.empty(512, dtype=dtype, device="cuda")
+        decode_kernel[(1,)](codes.cuda(), got, ELEMENT="fp4 ptx", N=256)
+        if not torch.equal(
+            got.float().cpu() * (lift * lift / 4 if lift > 1 else 1), reference.decode(codes, get_format("mxfp4"))
+        ):
+            yield f"FP4 -> {dtype}: differs"
 
 
 def check_quantize() -> Iterator[str]:

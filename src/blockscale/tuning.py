@@ -36,7 +36,8 @@ class GemmTile:
 
     bm, bn, bk: tile in rows of x, rows of w, and elements of K. split: slices of K. swap: weight rows take the M side
     of the instruction. group_m: tile rows that run side by side. programs: persistent programs a multiprocessor, 0 for
-    one program a tile. halves: two sums of half the width. registers: most a thread may have, 0 for no limit. entry: the table row that it came from.
+    one program a tile. halves: two sums of half the width. registers: most a thread may have, 0 for no limit.
+    entry: the table row that it came from.
     """
 
     bm: int
@@ -83,6 +84,7 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("cdna", "*"): (128, 128, 64, 8, 2),
     ("rdna", "*"): (64, 64, 64, 4, 2),
     ("xpu", "*"): (64, 128, 32, 16, 2),
+    ("cpu", "*"): (32, 32, 64, 4, 1),  # Triton's interpreter
     ("*", "native"): (128, 128, 128, 8, 2),
     ("*", "codec"): (128, 128, 32, 8, 3),
     ("*", "*"): (128, 128, 64, 8, 2),

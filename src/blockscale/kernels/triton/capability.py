@@ -42,7 +42,7 @@ def native_load(platform: Platform, element: str) -> bool:
 
 
 def ptx_decode(platform: Platform, compute: torch.dtype) -> bool:
-    """Whether `codec.decode_ptx` decodes E4M3FN to this dtype here: exact, and faster than the chip's own conversion."""
+    """Whether `codec.decode_ptx` decodes to this dtype here: exact, and faster than the chip's own conversion."""
     return platform.capability >= (75 if compute == torch.float16 else 80) and compute != torch.float32
 
 

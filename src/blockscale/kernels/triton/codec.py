@@ -7,7 +7,7 @@ is the name of a `formats.Element`: "fp8" (E4M3FN), "fp8e5m2", "fp8fnuz" (E4M3FN
 Sources: OCP OFP8 1.0 (E4M3, E5M2), OCP MX 1.0 (E2M1, E8M0); E4M3FNUZ as in LLVM's APFloat.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # ruff: noqa: SIM108, SIM300, RUF005 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
@@ -109,6 +109,85 @@ def decode_ptx(byte, DTYPE: tl.constexpr):
             pack=4,
         )
     return value
+
+
+@triton.jit
+def decode_fp4_ptx(byte, DTYPE: tl.constexpr):
+    """`[rows, n]` bytes of two E2M1 codes -> `[rows, 2 n]`: fp16 holding value * 2^-14, or bf16 the value. NVIDIA only."""
+    if DTYPE == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 c, a, 9;
+            shl.b32 d, a, 12;
+            and.b32 c, c, 0x0E000E00;
+            and.b32 d, d, 0x80008000;
+            or.b32 $0, c, d;
+            shl.b32 c, b, 9;
+            shl.b32 d, b, 12;
+            and.b32 c, c, 0x0E000E00;
+            and.b32 d, d, 0x80008000;
+            or.b32 $1, c, d;
+            shl.b32 c, a, 5;
+            shl.b32 d, a, 8;
+            and.b32 c, c, 0x0E000E00;
+            and.b32 d, d, 0x80008000;
+            or.b32 $2, c, d;
+            shl.b32 c, b, 5;
+            shl.b32 d, b, 8;
+            and.b32 c, c, 0x0E000E00;
+            and.b32 d, d, 0x80008000;
+            or.b32 $3, c, d;
+            }""",
+            "=&r,=&r,=&r,=&r,r",
+            [byte],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        tl.static_assert(DTYPE == tl.bfloat16, "decode_fp4_ptx to fp16 or bf16")
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, bias, none;
+            mov.b32 bias, 0x7E807E80;
+            mov.b32 none, 0x80008000;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 c, a, 6;
+            shl.b32 d, a, 12;
+            and.b32 c, c, 0x01C001C0;
+            and.b32 d, d, 0x80008000;
+            or.b32 c, c, d;
+            fma.rn.bf16x2 $0, c, bias, none;
+            shl.b32 c, b, 6;
+            shl.b32 d, b, 12;
+            and.b32 c, c, 0x01C001C0;
+            and.b32 d, d, 0x80008000;
+            or.b32 c, c, d;
+            fma.rn.bf16x2 $1, c, bias, none;
+            shl.b32 c, a, 2;
+            shl.b32 d, a, 8;
+            and.b32 c, c, 0x01C001C0;
+            and.b32 d, d, 0x80008000;
+            or.b32 c, c, d;
+            fma.rn.bf16x2 $2, c, bias, none;
+            shl.b32 c, b, 2;
+            shl.b32 d, b, 8;
+            and.b32 c, c, 0x01C001C0;
+            and.b32 d, d, 0x80008000;
+            or.b32 c, c, d;
+            fma.rn.bf16x2 $3, c, bias, none;
+            }""",
+            "=&r,=&r,=&r,=&r,r",
+            [byte],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    return tl.reshape(tl.join(low, high), (byte.shape[0], byte.shape[1] * 2))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ deterministic: every slice writes its fp32 partial sums, and the program that ar
 their number. Tickets count the arrivals; they must be zero before and are zero again after.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ slice; programs are numbered past all tiles that could be needed and each finds 
 expert `ids[p]`, for batches so small that sorting them would cost more than reading an expert twice.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from .gemm_kernels import decode_kernel
 from .quantize import on_device, quantize
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_LIFT = {"ptx": 2.0**8, "fp4 ptx": 2.0**14}
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
             path = "decoded"
         x_scale, x_group = _scaling(x, compute, path)
         x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
-        x_kind = x_kind or _kind(x, x_scale, compute, platform)
+        x_kind = x_kind or _kind(x, compute, platform)
     w_scale, w_group = _scaling(w, compute, path)
-    w_kind = "value" if path in ("native", "decoded") else _kind(w, w_scale, compute, platform)
+    w_kind = "value" if path in ("native", "decoded") else _kind(w, compute, platform)
     loops = [group for how, group in ((x_scale, x_group), (w_scale, w_group)) if how == "loop"]
     constants = {
         "X_KIND": x_kind, "W_KIND": w_kind, "X_SCALE": x_scale, "W_SCALE": w_scale,
@@ -96,7 +97,7 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         "SW_KIND": capability.scale_kind(w.format, w.scale.dtype), "X_GROUP": x_group, "W_GROUP": w_group,
         "W_ROWS": w.format.block[0] or 0, "SPAN": gcd(*loops) if loops else 0, "COMPUTE": _TL[compute],
         "X_LEVEL": isinstance(x, BlockScaled) and x.global_scale is not None, "W_LEVEL": w.global_scale is not None,
-        "LIFT": 256.0 if w_kind == "ptx" and compute == torch.float16 else 1.0,
+        "LIFT": _LIFT.get(x_kind, 1.0) * _LIFT.get(w_kind, 1.0) if compute == torch.float16 else 1.0,
     }  # fmt: skip
     return Reading(path, constants)
 
@@ -140,11 +141,11 @@ def _native(x_element: str, w: BlockScaled, platform: Platform) -> bool:
     return x_element == _element(w) and capability.dot_element(platform, x_element)
 
 
-def _kind(q: BlockScaled, scale: str, compute: torch.dtype, platform: Platform) -> str:
+def _kind(q: BlockScaled, compute: torch.dtype, platform: Platform) -> str:
     """How bytes become 16-bit floats in the loop."""
     element = _element(q)
-    if element == "fp8" and scale != "fold" and capability.ptx_decode(platform, compute):
-        return "ptx"
+    if element in ("fp8", "fp4") and capability.ptx_decode(platform, compute):
+        return "ptx" if element == "fp8" else "fp4 ptx"
     return "cast" if capability.native_load(platform, element) else element
 
 

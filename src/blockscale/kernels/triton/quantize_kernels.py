@@ -11,7 +11,7 @@ DIVIDE: "ieee", or "fma" where the target fuses multiply-adds: the same result i
 PACK4: scale bytes of four groups share a word ("ue8m0x4").
 """
 
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # ruff: noqa: SIM102, SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Constexprs that recur:
 
 X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
 multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
-"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx": E4M3FN bytes decoded four at a time,
-which in fp16 leaves a factor 2^-8 that LIFT takes back at the end.
+"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx" and "fp4 ptx": E4M3FN and E2M1 bytes decoded
+four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end.
 X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
 matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
@@ -14,14 +14,14 @@ SPAN: K elements after which "loop" scales change (0: never). BK divides it, or 
 SWAP: weight rows take the M side of the matrix instruction, for few tokens on chips where that side is 64 wide.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM300 (branches on constexprs are chosen when a kernel is compiled)
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_ptx, decode_scale, unpack_fp4
+from .codec import decode, decode_fp4_ptx, decode_ptx, decode_scale, unpack_fp4
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def load_operand(
     EVEN_K: tl.constexpr,
 ):
     """`[rows, BK]` of an operand from column k0, zero from k_end on. row: int64 `[rows]`, all of them valid."""
-    if KIND == "fp4":
+    if KIND == "fp4" or KIND == "fp4 ptx":
         k = k0 // 2 + tl.arange(0, BK // 2)
         k_end = k_end // 2
     else:
@@ -63,6 +63,8 @@ def load_operand(
         tile = raw.to(COMPUTE)
     elif KIND == "ptx":
         tile = decode_ptx(raw, COMPUTE)
+    elif KIND == "fp4 ptx":
+        tile = decode_fp4_ptx(raw, COMPUTE)
     elif KIND == "fp4":
         tile = decode(unpack_fp4(raw), "fp4", COMPUTE)
     else:
@@ -71,14 +73,14 @@ def load_operand(
 
 
 @triton.jit
-def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr):
+def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr):
     """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
     raw = tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k, mask=(g * GROUP < k_end)[None, :], other=0)
     scale = decode_scale(raw, KIND).to(tile.dtype)
     grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
-    return tl.reshape(grouped, (tile.shape[0], tile.shape[1])).to(COMPUTE)
+    return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
 
 
 @triton.jit
@@ -136,14 +138,12 @@ def accumulate(
         else:
             k0 = step // STEPS * SPAN + step % STEPS * BK
             k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
-        # Not every target multiplies in bf16, so what is folded for it is still fp32 then.
-        FOLD: tl.constexpr = tl.float32 if COMPUTE == tl.bfloat16 else COMPUTE
-        x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, FOLD if X_SCALE == "fold" else COMPUTE, BK, EVEN_K)
-        w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, FOLD if W_SCALE == "fold" else COMPUTE, BK, EVEN_K)
+        x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, COMPUTE, BK, EVEN_K)
+        w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, COMPUTE, BK, EVEN_K)
         if X_SCALE == "fold":
-            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP, COMPUTE)
+            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP)
         if W_SCALE == "fold":
-            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP, COMPUTE)
+            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP)
         if SWAP:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:
