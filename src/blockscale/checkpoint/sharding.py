@@ -1,4 +1,4 @@
-"""Can a checkpoint be split over tensor-parallel ranks on block boundaries? Floor 9."""
+"""Can a checkpoint be split over tensor-parallel ranks on block boundaries?"""
 
 from __future__ import annotations
 
