@@ -1,4 +1,4 @@
-"""One block-scaled checkpoint into another, or back to plain floats. Floor 9.
+"""One block-scaled checkpoint into another, or back to plain floats.
 
 Exact where it can be: another scale dtype, another naming style, finer blocks, MXFP4 in FP8 where every tile allows
 it. Where values would change, it refuses, unless asked to requantize, and then says by how much.

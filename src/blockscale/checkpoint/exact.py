@@ -1,4 +1,4 @@
-"""Conversions that change no value: another scale dtype, finer blocks, a wider element. Floor 9.
+"""Conversions that change no value: another scale dtype, finer blocks, a wider element.
 
 Every one is checked, block by block, in fp64: a product of an element (at most 4 significant bits) and an fp32 scale
 is exact there. What cannot be done exactly is not done here.

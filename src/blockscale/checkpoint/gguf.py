@@ -1,4 +1,4 @@
-"""A GGUF file as the source of `quantize`: its tensors dequantized by rows, under Hugging Face names. Floor 9.
+"""A GGUF file as the source of `quantize`: its tensors dequantized by rows, under Hugging Face names.
 
 Only the llama family, whose tensors map one to one. llama.cpp stores the rows of Llama's q and k interleaved for its
 rotary embedding; they are read back in Hugging Face's order. Unquantized tensors are written in BF16.

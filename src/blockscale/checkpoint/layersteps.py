@@ -1,4 +1,4 @@
-"""Steps that read a block-scaled layer: to another format, or back to plain floats. Floor 9."""
+"""Steps that read a block-scaled layer: to another format, or back to plain floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job changed, for machines (`quantization_report.json`) and for people (`quantization_report.html`). Floor 9.
+"""What a job changed, for machines (`quantization_report.json`) and for people (`quantization_report.html`).
 
 The page is one file without scripts or links: plots are SVG, drawn here, so nothing needs to be installed to make or
 to read it.

@@ -1,4 +1,4 @@
-"""One job by many processes: workers on one machine, or ranks under torchrun on many. Floor 9.
+"""One job by many processes: workers on one machine, or ranks under torchrun on many.
 
 Shards are divided by bytes. Every process plans the same job from the same headers, so only shard numbers travel.
 Workers are spawned, not forked (threads of torch do not survive a fork), and end with their parent.

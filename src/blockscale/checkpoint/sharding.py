@@ -1,4 +1,4 @@
-"""Can a checkpoint be split over tensor-parallel ranks on block boundaries? Floor 9."""
+"""Can a checkpoint be split over tensor-parallel ranks on block boundaries?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa", "wq_a", "wkv", "kv_proj", "indexer.w
 """Latent projections, which every rank holds whole."""
 
 Fit = Literal["whole", "aligned", "inside", "uneven"]
-"""whole: not split. aligned: every rank gets whole blocks. inside: equal shares that cut through a block, whose scale is
+"""whole: not split. aligned: every rank gets whole blocks. inside: equal shares that cut a block, whose scale is
 then kept on both sides (or the weight re-blocked). uneven: the dimension does not divide by the ranks."""
 
 

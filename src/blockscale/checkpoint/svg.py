@@ -1,4 +1,4 @@
-"""Two plots as SVG text: points by series, and bars. Just enough for the report. Floor 9."""
+"""Two plots as SVG text: points by series, and bars. Just enough for the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare two checkpoints: structure, bytes, and the values of each weight. Floor 9.
+"""Compare two checkpoints: structure, bytes, and the values of each weight.
 
 Weights are matched by module, so a BF16 model can be compared with its quantization, and two quantizations with each
 other. Everything streams; no tensor is held whole.
