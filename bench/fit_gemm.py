@@ -11,10 +11,9 @@ import math
 import pathlib
 import sys
 
-from shapes import regime
-
 from blockscale.kernels.gluon import heuristic
 from blockscale.kernels.gluon.config import parse
+from shapes import regime
 
 TABLE = pathlib.Path(heuristic.__file__).parent / "h200.json"
 SMS = 132

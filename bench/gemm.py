@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -25,9 +24,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from gemm_peers import PEERS, Peer
-from shapes import NK, UNSEEN, M, regime
-from timer import ceilings, eager_us, graph, interleaved
 
 from blockscale import reference
 from blockscale.formats import get_format
@@ -37,6 +33,9 @@ from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
 from blockscale.layouts import convert
 from blockscale.tensor import BlockScaled
+from gemm_peers import PEERS, Peer
+from shapes import NK, M, regime
+from timer import ceilings, graph, interleaved
 
 WORST_ROW = 6e-3  # relative error of a bf16 row: rounding of the result is 1.7e-3, the rest is wgmma's fp8 sum
 ROTATE_BYTES = 256e6  # operands of one graph: several times L2
@@ -97,7 +96,7 @@ def _take(x: BlockScaled, rows: torch.Tensor) -> BlockScaled:
 
 
 def check(run: object, case: Case) -> str:
-    """"" when the result is right, twice the same; else what is wrong."""
+    """ "" when the result is right, twice the same; else what is wrong."""
     y = case.ys[0]
     outputs = []
     for _ in range(2):
@@ -169,7 +168,9 @@ def prepare(texts: list[str], peers: list[str], nks: list[tuple[int, int]], ms: 
     jobs = [[*me, "--check", ",".join(texts[i::workers])] for i in range(workers)]
     if "deepgemm" in peers:
         jobs += [[*me, "--warm", "deepgemm", "--nk", f"{n},{k}", "--m", ",".join(map(str, ms))] for n, k in nks]
-    running = [(job, subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)) for job in jobs]
+    running = [
+        (job, subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)) for job in jobs
+    ]
     end = time.time() + seconds
     verdicts, lines = dict.fromkeys(texts, "not reached"), []
     for job, process in running:
@@ -200,15 +201,19 @@ def warm(peers: list[Peer], nks: list[tuple[int, int]], ms: list[int]) -> None:
 # -- timing ------------------------------------------------------------------------------------------------------
 
 
-def time_case(case: Case, chosen: list[Config], peers: list[Peer], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+def time_case(
+    case: Case, chosen: list[Config], peers: list[Peer], rounds: int
+) -> tuple[dict[str, float], dict[str, str]]:
     """(microseconds, faults) by name: the text of a configuration or the name of a peer."""
     calls: dict[str, list[object]] = {}
     faults: dict[str, str] = {}
     copies = range(case.copies)
     for config in chosen:
+
         def bound(i: int, config: Config = config) -> object:
             x, w, y = case.operands(i)
             return lambda: launch(x, w, None, y, config, sm_count()).run()
+
         calls[str(config)] = [bound(i) for i in copies]
     for peer in peers:
         if peer.serves(case.m, case.n, case.k):
@@ -249,7 +254,7 @@ def to_tune(m: int, n: int, k: int) -> list[Config]:
         tiles = -(-n // 64)
         for split in (1, 2, 3, 4, 8):
             programs = tiles * split
-            if split > 1 and (programs > 2.1 * sms or split > blocks // 3) or programs < 0.4 * sms and split < 8:
+            if (split > 1 and (programs > 2.1 * sms or split > blocks // 3)) or (programs < 0.4 * sms and split < 8):
                 continue
             for groups, step in ((1, 1), (1, 2), (1, 4), (2, 2)):
                 if step not in steps or (tokens == 32 and step == 4) or (split > 2 and step == 1):
@@ -302,7 +307,7 @@ def tune(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) ->
     log("checked; bad:", json.dumps(bad), *lines)
     out: dict[str, object] = {"environment": environment(), "bad": bad, "ceilings": ceilings(), "rows": []}
     rows = []
-    for (n, k) in nks:
+    for n, k in nks:
         for m in ms:
             if time.time() - START > args.budget:
                 log("out of time at", m, n, k)
@@ -310,7 +315,9 @@ def tune(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) ->
             case = Case(m, n, k)
             chosen = [c for c in plan[m, n, k] if str(c) not in bad]
             times, faults = time_case(case, chosen, peers, rounds=7 if m < 2048 else 5)
-            rows.append({"m": m, "n": n, "k": k, "time_us": {a: round(b, 3) for a, b in times.items()}, "faults": faults})
+            rows.append(
+                {"m": m, "n": n, "k": k, "time_us": {a: round(b, 3) for a, b in times.items()}, "faults": faults}
+            )
             del case
         out["rows"] = rows
         (args.out / "tune.json").write_text(json.dumps(out))

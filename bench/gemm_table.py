@@ -8,15 +8,15 @@ import math
 import time
 
 import torch
-from gemm import Case, environment, geomean, launch, log, prepare, sm_count, time_case
-from gemm_peers import PEERS
-from shapes import NK, REGIMES, UNSEEN, regime
-from timer import ceilings
 
 from blockscale import ops
 from blockscale.kernels.gluon.heuristic import choose
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
+from gemm import Case, environment, geomean, launch, log, prepare, sm_count, time_case
+from gemm_peers import PEERS
+from shapes import REGIMES, UNSEEN, regime
+from timer import ceilings
 
 PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
 
@@ -38,7 +38,13 @@ def table(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -
     verdicts, lines = prepare(texts, [p.name for p in peers], wanted, ms, args, args.prepare)
     bad = {t: v for t, v in verdicts.items() if v}
     log(len(texts), "configurations checked; bad:", json.dumps(bad), *lines)
-    out = {"environment": environment(), "ceilings": ceilings(), "configurations_checked": texts, "bad": bad, "rows": []}
+    out = {
+        "environment": environment(),
+        "ceilings": ceilings(),
+        "configurations_checked": texts,
+        "bad": bad,
+        "rows": [],
+    }
     out["dispatch"] = dispatch()
     log("dispatch", json.dumps(out["dispatch"]))
     rows: list[dict] = []

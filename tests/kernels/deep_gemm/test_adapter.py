@@ -29,9 +29,7 @@ def test_operands_follow_the_contract(monkeypatch: pytest.MonkeyPatch, layout: s
     x = convert(reference.quantize(torch.randn(5, 384), get_format("fp8_1x128")), layout)
     w = reference.quantize(torch.randn(192, 384), get_format("fp8_128x128"))
 
-    def fp8_gemm_nt(
-        a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, *, disable_ue8m0_cast: bool
-    ) -> None:
+    def fp8_gemm_nt(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, *, disable_ue8m0_cast: bool) -> None:
         assert disable_ue8m0_cast
         assert a[1].shape == (5, 3)
         assert a[1].stride() == (1, 8)  # columns start at multiples of 16 bytes

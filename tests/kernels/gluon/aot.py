@@ -32,8 +32,6 @@ def compile_for_hopper(launch: Launch) -> Any:
     before = driver._active
     driver.set_active(_Hopper())
     try:
-        return launch.kernel.warmup(
-            *launch.arguments, grid=launch.grid, **launch.constants, **launch.options
-        )
+        return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants, **launch.options)
     finally:
         driver._active = before

@@ -26,7 +26,8 @@ class Wide:
     bn: 32, 64, 128 (one piece, x from shared memory), 192 or 256 (pieces of 64, x from registers).
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
-    groups: consumer warpgroups, 2 or 3. step: k-blocks that are loaded and released together, 1, 2 or 4; divides K / 128.
+    groups: consumer warpgroups, 2 or 3.
+    step: k-blocks that are loaded and released together, 1, 2 or 4; divides ceil(K / 128).
     pdl: start while the kernel before drains (programmatic dependent launch).
     """
 

@@ -7,7 +7,7 @@ together, and a *stage* the shared memory that they occupy.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
+
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -15,18 +15,14 @@ from .config import Config, Wide, ceil_div
 from .launch import Launch
 
 
-def launch(
-    x: BlockScaled, w: BlockScaled, bias: Tensor | None, y: Tensor, config: Config, sm_count: int
-) -> Launch:
+def launch(x: BlockScaled, w: BlockScaled, bias: Tensor | None, y: Tensor, config: Config, sm_count: int) -> Launch:
     """One launch of `y = x @ w.T + bias`.
 
     x: fp8_1x128 [M, K] in layout "tma"; w: fp8_128x128 [N, K] in layout "row"; y: [M, N], rows at multiples of
     16 bytes for a Wide configuration.
     """
-    if w.scale.dtype == torch.float8_e8m0fnu:
-        w_scale = w.scale.view(torch.uint8)  # decoded in the kernel; triton knows no E8M0
-    else:
-        w_scale = decode_scale(w.scale)
+    e8m0 = w.scale.dtype == torch.float8_e8m0fnu  # its bytes are decoded in the kernel: triton knows no such dtype
+    w_scale = w.scale.view(torch.uint8) if e8m0 else decode_scale(w.scale)
     operands = (x.data, x.scale, w.data, w_scale, bias, y)
     if isinstance(config, Wide):
         return wide.launch(*operands, config, sm_count)
@@ -37,7 +33,7 @@ def multiply(
     x: BlockScaled, w: BlockScaled, bias: Tensor | None, out_dtype: torch.dtype, config: Config, sm_count: int
 ) -> Tensor:
     """`x @ w.T + bias`: [M, N] in `out_dtype`. Operands as for `launch`."""
-    (m, k), n = x.shape, w.shape[0]
+    m, n = x.shape[0], w.shape[0]
     if m == 0:
         return torch.empty(0, n, device=x.device, dtype=out_dtype)
     per_16_bytes = 16 // out_dtype.itemsize

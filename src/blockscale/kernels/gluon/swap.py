@@ -10,7 +10,7 @@ the partial tiles in program order: same bytes whoever that is, in one launch.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
 from __future__ import annotations
 
 import torch

@@ -12,7 +12,7 @@ program order: same bytes whoever that is.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005, SIM102, SIM108, SIM300 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: RUF005, SIM102, SIM108 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 import torch
@@ -102,9 +102,9 @@ def _segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n, num_steps,
-    full_waves, dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr, STEP: gl.constexpr,
-    STAGES: gl.constexpr, STREAM_K: gl.constexpr,
+    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n,
+    num_steps, full_waves, dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them."""
     W: gl.constexpr = w_desc.block_type.shape[0]
@@ -359,11 +359,47 @@ def _consumer(
         accs = _zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
-            accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at + (s0 + c * U) * STEP, ws_ld, odd, WG, GROUPS, STEP, U, STAGES, mma)
+            accs, stage, phase = _blocks(
+                accs,
+                x_bufs,
+                w_bufs,
+                xs_bufs,
+                ws_boxes,
+                full,
+                empty,
+                stage,
+                phase,
+                at + (s0 + c * U) * STEP,
+                ws_ld,
+                odd,
+                WG,
+                GROUPS,
+                STEP,
+                U,
+                STAGES,
+                mma,
+            )
         for s in range(s0 + chunks * U, s1):
-            accs, stage, phase = _blocks(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at + s * STEP, ws_ld, odd, WG, GROUPS, STEP, 1, STAGES, mma)
+            accs, stage, phase = _blocks(
+                accs,
+                x_bufs,
+                w_bufs,
+                xs_bufs,
+                ws_boxes,
+                full,
+                empty,
+                stage,
+                phase,
+                at + s * STEP,
+                ws_ld,
+                odd,
+                WG,
+                GROUPS,
+                STEP,
+                1,
+                STAGES,
+                mma,
+            )
         whole = True
         if STREAM_K:
             if s1 - s0 < num_steps:
@@ -422,14 +458,17 @@ def wide_kernel(
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS, PIECES, STEP, STAGES, U,
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
+                             0, GROUPS, PIECES, STEP, STAGES, U,
                              STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS, PIECES, STEP, STAGES, U,
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
+                             1, GROUPS, PIECES, STEP, STAGES, U,
                              STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS, PIECES, STEP, STAGES, U,
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
+                             2, GROUPS, PIECES, STEP, STAGES, U,
                              STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
@@ -441,11 +480,13 @@ def wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS, PIECES, STEP, STAGES, U,
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
+                             0, GROUPS, PIECES, STEP, STAGES, U,
                              STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
-                             ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS, PIECES, STEP, STAGES, U,
+                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
+                             1, GROUPS, PIECES, STEP, STAGES, U,
                              STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
