@@ -4,27 +4,41 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test check bench docs conformance clean
+.PHONY: setup demo test test-slow check bench docs aot conformance clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/blockscale/kernels/cpu/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt setuptools
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/python bench/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
 
 check: setup
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff format --check src tests bench docs
 	$(BIN)/mypy
+	$(BIN)/python docs/make.py --check
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_exports.py
+
+bench: setup
+	$(BIN)/python bench/cpu.py
+
+docs: setup
+	$(BIN)/python docs/make.py
+
+aot: setup
+	$(BIN)/python bench/aot.py --out build/aot.json
 
 conformance: setup
 	$(BIN)/blockscale conformance --device cpu
