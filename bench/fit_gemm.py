@@ -1,6 +1,6 @@
 """From `gemm.py --tune` to the table that the Hopper kernels ship: python bench/fit_gemm.py tune.json [tune.json …]
 
-Several runs are joined by the ratio to DeepGEMM in the same run. Prints how far the model alone is from the best that
+Several runs are joined by the ratio to DeepGEMM in the same run. Prints how far the rule alone is from the best that
 was measured, which is what a shape that the table does not hold gets.
 """
 
@@ -11,11 +11,11 @@ import math
 import pathlib
 import sys
 
-from blockscale.kernels.gluon import heuristic
+from blockscale.kernels.gluon import selection
 from blockscale.kernels.gluon.config import parse
 from shapes import regime
 
-TABLE = pathlib.Path(heuristic.__file__).parent / "h200.json"
+TABLE = pathlib.Path(selection.__file__).parent / "h200.json"
 SMS = 132
 PEERS = ("deepgemm", "deepgemm_pdl", "prototype", "cublaslt", "bf16")
 
@@ -41,7 +41,7 @@ def main(paths: list[str]) -> None:
         parse(best)
         table.setdefault(f"{n}x{k}", {})[str(m)] = best
         best_of.setdefault(regime(m), []).append(1 / means[best])
-        model = str(heuristic.by_model(m, n, k, SMS))
+        model = str(selection.by_rule(m, n, k, SMS))
         if model in means:
             model_of.setdefault(regime(m), []).append(means[best] / means[model])
         else:

@@ -16,7 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,10 +34,14 @@ from blockscale.kernels.gluon import config as configs
 from blockscale.kernels.gluon.config import Config, Swap, Wide
 from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
+from blockscale.kernels.gluon.selection import choose
 from blockscale.layouts import convert
+from blockscale.platform import detect
+from blockscale.registry import Problem, select
 from blockscale.tensor import BlockScaled
 from gemm_peers import PEERS, Peer
-from shapes import NK, M, regime
+from gemm_table import FINAL_PEERS, dispatch, markdown
+from shapes import NK, UNSEEN, M
 from timer import ceilings, graph, interleaved
 
 WORST_ROW = 6e-3  # relative error of a bf16 row: rounding of the result is 1.7e-3, the rest is wgmma's fp8 sum
@@ -99,7 +106,7 @@ def check(run: object, case: Case) -> str:
     """ "" when the result is right, twice the same; else what is wrong."""
     y = case.ys[0]
     outputs = []
-    for _ in range(2):
+    for _ in range(3):
         y.fill_(math.nan)
         got = run()  # type: ignore[operator]
         torch.cuda.synchronize()
@@ -107,7 +114,7 @@ def check(run: object, case: Case) -> str:
     error = case.worst_row(outputs[0])
     if not error < WORST_ROW:
         return f"worst row {error:.2e}"
-    return "" if torch.equal(*outputs) else "two runs differ"
+    return "" if all(torch.equal(outputs[0], other) for other in outputs) else "runs differ"
 
 
 def check_replay(captured: torch.cuda.CUDAGraph, case: Case) -> str:
@@ -119,6 +126,14 @@ def check_replay(captured: torch.cuda.CUDAGraph, case: Case) -> str:
     torch.cuda.synchronize()
     wrong = [error for y in case.ys if not (error := case.worst_row(y)) < WORST_ROW]
     return f"replay: worst row {wrong[0]:.2e}" if wrong else ""
+
+
+def picked(case: Case) -> str:
+    """The kernel that the registry picks for this shape."""
+    x, w = case.x, case.w
+    problem = Problem("matmul", case.n, case.k, x.data.dtype, w.format, w.layout, torch.bfloat16, x_format=x.format,
+                      x_layout=x.layout)  # fmt: skip
+    return select(problem, detect("cuda"), repack=False).pick(case.m).name
 
 
 def sm_count() -> int:
@@ -133,16 +148,16 @@ def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
         yield from ((333, 2112, 1024), (130, 576, 720), (200, 192, 2048), (1000, 2112, 3584))
     else:
         t = config.tokens
-        yield from ((t, 2112, 1024), (t // 2 + 1, 576, 720), (t + 1, 192, 2048), (1, 4096, 7168))
+        yield from ((t, 2112, 1024), (t // 2 + 1, 576, 720), (t + 1, 192, 2048), (1, 4096, 7168), (t, 7168, 4096))
 
 
-def check_configs(texts: Iterable[str]) -> None:
+def check_configs(texts: Iterable[str], tiny: bool) -> None:
     """Worker: one line of JSON for each configuration, "" for right."""
     cases: dict[tuple[int, int, int], Case] = {}
     for text in texts:
         config = configs.parse(text)
         verdict = ""
-        for shape in ragged_shapes(config):
+        for shape in [(9, 192, 512)] if tiny else ragged_shapes(config):
             blocks = -(-shape[2] // 128)
             if blocks % config.step or (isinstance(config, Swap) and config.split > blocks // config.step):
                 continue
@@ -168,8 +183,13 @@ def prepare(texts: list[str], peers: list[str], nks: list[tuple[int, int]], ms: 
     jobs = [[*me, "--check", ",".join(texts[i::workers])] for i in range(workers)]
     if "deepgemm" in peers:
         jobs += [[*me, "--warm", "deepgemm", "--nk", f"{n},{k}", "--m", ",".join(map(str, ms))] for n, k in nks]
+    jobs += extra_jobs(me)
     running = [
-        (job, subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)) for job in jobs
+        (
+            job,
+            subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True),
+        )
+        for job in jobs
     ]
     end = time.time() + seconds
     verdicts, lines = dict.fromkeys(texts, "not reached"), []
@@ -177,15 +197,34 @@ def prepare(texts: list[str], peers: list[str], nks: list[tuple[int, int]], ms: 
         try:
             output = process.communicate(timeout=max(1.0, end - time.time()))[0]
         except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0] + f"\nTIMEOUT {job[4:7]}"
+            os.killpg(process.pid, signal.SIGKILL)
+            output = process.communicate()[0] + f"\nTIMEOUT {job[:3]} {job[-2:]}"
+        if job[-1] == "--json":
+            (args.out / "conformance.json").write_text(output)
+        if "compute-sanitizer" in job[0]:
+            (args.out / f"{job[2]}.txt").write_text(output)
         for line in output.splitlines():
-            if line.startswith("CHECK "):
+            if line.startswith("CHECK ") and "compute-sanitizer" not in job[0]:
                 text, verdict = json.loads(line[6:])
                 verdicts[text] = verdict
         if process.returncode:
             lines.append(output[-400:])
     return verdicts, lines
+
+
+def extra_jobs(me: list[str]) -> list[list[str]]:
+    """Conformance of the Hopper kernels, and compute-sanitizer over small shapes, where it is installed."""
+    jobs = [[sys.executable, "-m", "blockscale", "conformance", "--kernel", "gluon", "--device", "cuda", "--json"]]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if pathlib.Path(sanitizer).exists():
+        small = [
+            *me,
+            "--tiny",
+            "--check",
+            "wide-64-u8-p2-g2-s1,swap-16-g1-k2-x1-s1,swap-32-g2-k2-x1-s2,wide-192-u4-p1-g2-s1",
+        ]
+        jobs += [[sanitizer, "--tool", tool, *small] for tool in ("memcheck", "racecheck")]
+    return jobs
 
 
 def warm(peers: list[Peer], nks: list[tuple[int, int]], ms: list[int]) -> None:
@@ -256,22 +295,21 @@ def to_tune(m: int, n: int, k: int) -> list[Config]:
             programs = tiles * split
             if (split > 1 and (programs > 2.1 * sms or split > blocks // 3)) or (programs < 0.4 * sms and split < 8):
                 continue
-            for groups, step in ((1, 1), (1, 2), (1, 4), (2, 2)):
-                if step not in steps or (tokens == 32 and step == 4) or (split > 2 and step == 1):
+            for groups, step in ((1, 1), (1, 2), (2, 2)):
+                if step not in steps or (split > 2 and groups == 2):
                     continue
                 most = {1: 4, 2: 2}[groups] if tokens <= 32 else {1: 3, 2: 1}[groups]
                 per_sm = min(-(-programs // sms), most)
                 found.append(Swap(tokens, groups, split, per_sm, step))
                 if per_sm > 1 and split == 1:
                     found.append(Swap(tokens, groups, split, per_sm, step, pdl=False))
-        for groups, step in ((1, 2), (2, 2)):
-            if step in steps:
-                found.append(Swap(tokens, groups, 0, 1, step))
+        if 2 in steps and tiles > sms:
+            found.append(Swap(tokens, 1, 0, 1, 2))
     if m >= 64:
         unroll = 8 if blocks >= 8 else 4
-        shapes = [(64, unroll, 2, 1), (64, unroll, 2, 2), (128, unroll, 2, 1), (128, unroll, 2, 2), (128, unroll, 3, 1),
+        shapes = [(64, unroll, 2, 1), (128, unroll, 2, 1), (128, unroll, 2, 2), (128, unroll, 3, 1),
                   (192, 4, 2, 1)]  # fmt: skip
-        shapes += [(32, unroll, 2, 2)] if m <= 128 else []
+        shapes += [(32, unroll, 2, 1)] if m == 128 else []
         shapes += [(128, unroll, 3, 2), (256, 2, 2, 1)] if m >= 512 else []
         for bn, u, groups, step in shapes:
             if step not in steps:
@@ -291,59 +329,73 @@ def to_tune(m: int, n: int, k: int) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def geomean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
 def tune(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> None:
+    """Measure candidates, take the best of each shape, and time that once more beside all peers."""
+    unseen = [] if args.nk else list(UNSEEN)
     plan = {(m, n, k): to_tune(m, n, k) for n, k in nks for m in ms}
+    plan |= {(m, n, k): [choose(m, n, k, sm_count())] for n, k in unseen for m in ms}
     texts = sorted({str(c) for chosen in plan.values() for c in chosen})
     texts.sort(key=lambda t: hash(t) % 97)  # spread slow compilations over the workers
     log(len(texts), "configurations to compile and check")
-    peers = [p for p in PEERS if p.name in ("deepgemm", "deepgemm_pdl", "prototype") and p.available(args.peers)]
-    verdicts, lines = prepare(texts, [p.name for p in peers], nks, ms, args, args.prepare)
+    peers = [p for p in PEERS if p.name in FINAL_PEERS and p.available(args.peers)]
+    verdicts, lines = prepare(texts, [p.name for p in peers], [*nks, *unseen], ms, args, args.prepare)
     bad = {t: v for t, v in verdicts.items() if v}
-    log("checked; bad:", json.dumps(bad), *lines)
-    out: dict[str, object] = {"environment": environment(), "bad": bad, "ceilings": ceilings(), "rows": []}
-    rows = []
-    for n, k in nks:
-        for m in ms:
-            if time.time() - START > args.budget:
-                log("out of time at", m, n, k)
-                break
-            case = Case(m, n, k)
-            chosen = [c for c in plan[m, n, k] if str(c) not in bad]
-            times, faults = time_case(case, chosen, peers, rounds=7 if m < 2048 else 5)
-            rows.append(
-                {"m": m, "n": n, "k": k, "time_us": {a: round(b, 3) for a, b in times.items()}, "faults": faults}
-            )
-            del case
-        out["rows"] = rows
-        (args.out / "tune.json").write_text(json.dumps(out))
-        torch.cuda.empty_cache()
-    log("measured")
-    print_tuned(rows)
+    log("checked; bad:", json.dumps(bad)[:3000], *[line[:300] for line in lines])
+    out = {"environment": environment(), "bad": bad, "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings()}
+    try:
+        out["dispatch"] = dispatch()
+    except Exception as e:
+        out["dispatch"] = {"failed": f"{type(e).__name__} {str(e)[:200]}"}
+    log("dispatch", json.dumps(out["dispatch"]))
+    tuned: list[dict] = []
+    rows: list[dict] = []
+    try:
+        for n, k in [*nks, *unseen]:
+            for m in ms:
+                if time.time() - START < args.budget:
+                    measure(Case(m, n, k), plan[m, n, k], bad, peers, tuned, rows, (n, k) in unseen)
+            save(args.out, out, tuned, rows)
+            torch.cuda.empty_cache()
+    except Exception as e:  # a dead CUDA context: keep what was measured
+        log(f"STOPPED after {len(rows)} shapes: {type(e).__name__} {str(e)[:300]}")
+    save(args.out, out, tuned, rows)
+    text = markdown({**out, "rows": rows})
+    (args.out / "h200-gemm.md").write_text(text)
+    print(text[:7000])
+    log("end")
 
 
-def print_tuned(rows: list[dict]) -> None:
-    ratios: dict[str, list[float]] = {}
+def measure(
+    case: Case, plan: list[Config], bad: dict[str, str], peers: list[Peer], tuned: list[dict], rows: list[dict],
+    unseen: bool,
+) -> None:  # fmt: skip
+    """Append one shape's candidates to `tuned` and its row to `rows`."""
+    shape = {"m": case.m, "n": case.n, "k": case.k}
+    chosen = [c for c in plan if str(c) not in bad]
+    faults: dict[str, str] = {}
+    if len(chosen) > 1:
+        first = [p for p in peers if p.name == "deepgemm"]
+        times, faults = time_case(case, chosen, first, rounds=7 if case.m < 2048 else 5)
+        tuned.append({**shape, "time_us": {a: round(b, 3) for a, b in times.items()}})
+        ours = {c: t for c, t in times.items() if c not in FINAL_PEERS}
+        chosen = [configs.parse(min(ours, key=ours.__getitem__))] if ours else []
+    times, more = time_case(case, chosen, peers, rounds=13 if case.m < 2048 else 7)
+    name, config = picked(case), str(chosen[0]) if chosen else ""
+    if config in times:
+        times[name] = times.pop(config)
+    rows.append({**shape, "time_us": {a: round(b, 3) for a, b in times.items()}, "ours": name, "config": config,
+                 "unseen": unseen, "faults": {**faults, **more}})  # fmt: skip
+
+
+def save(folder: pathlib.Path, out: dict, tuned: list[dict], rows: list[dict]) -> None:
+    """What was measured so far: the report's data, all candidates, and the table for the kernels."""
+    (folder / "h200-gemm.json").write_text(json.dumps({**out, "rows": rows}, indent=1))
+    (folder / "tune.json").write_text(json.dumps({"environment": out["environment"], "rows": tuned}))
+    table: dict[str, dict[str, str]] = {}
     for row in rows:
-        times = dict(row["time_us"])
-        peer = {name: times.pop(name) for name in ("deepgemm", "deepgemm_pdl", "prototype") if name in times}
-        if not times:
-            print(row)
-            continue
-        best = sorted(times, key=times.__getitem__)[:4]
-        deep = peer.get("deepgemm", math.nan)
-        print(
-            f"{row['m']:5} {row['n']:6} {row['k']:6} dg {deep:8.2f} proto {deep / peer.get('prototype', math.nan):6.3f} best "
-            f"{deep / times[best[0]]:5.3f} | "
-            + " ".join(f"{name}:{times[name]:.2f}" for name in best)
-            + (f" FAULTS {row['faults']}" if row["faults"] else "")
-        )
-        ratios.setdefault(regime(row["m"]), []).append(deep / times[best[0]])
-    print({name: (round(geomean(v), 4), round(min(v), 3)) for name, v in ratios.items()})
+        if row["config"] and not row["unseen"]:
+            table.setdefault(f"{row['n']}x{row['k']}", {})[str(row["m"])] = row["config"]
+    (folder / "h200.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def environment() -> dict[str, str]:
@@ -369,21 +421,20 @@ def main() -> None:
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")
     parser.add_argument("--check", default="", help="worker: configurations to check")
+    parser.add_argument("--tiny", action="store_true", help="worker: one small shape, for compute-sanitizer")
     parser.add_argument("--warm", default="", help="worker: peer to warm up")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     nks = [tuple(map(int, nk.split(","))) for nk in args.nk.split(";")] if args.nk else list(NK)
     ms = [int(m) for m in args.m.split(",")] if args.m else list(M)
     if args.check:
-        check_configs(args.check.split(","))
+        check_configs(args.check.split(","), args.tiny)
     elif args.warm:
         warm([p for p in PEERS if p.name.startswith(args.warm) and p.available(args.peers)], nks, ms)  # type: ignore[arg-type]
     elif args.tune:
         tune(args, nks, ms)  # type: ignore[arg-type]
     else:
-        from gemm_table import table
-
-        table(args, nks, ms)
+        parser.error("say --tune: the table of the shapes comes with it")
 
 
 if __name__ == "__main__":

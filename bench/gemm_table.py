@@ -1,76 +1,23 @@
-"""The final table of bench/gemm.py: what `blockscale.matmul` picks on every shape, beside its peers."""
+"""The report of bench/gemm.py: geomeans by regime, every row, and what an eager call costs on the host."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
+from collections.abc import Iterable
 
 import torch
 
 from blockscale import ops
-from blockscale.kernels.gluon.heuristic import choose
-from blockscale.platform import detect
-from blockscale.registry import Problem, select
-from gemm import Case, environment, geomean, launch, log, prepare, sm_count, time_case
-from gemm_peers import PEERS
-from shapes import REGIMES, UNSEEN, regime
-from timer import ceilings
+from shapes import REGIMES, regime
 
-PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
+FINAL_PEERS = PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
 
 
-def picked(case: Case) -> str:
-    """The kernel that the registry picks for this shape."""
-    x, w = case.x, case.w
-    problem = Problem("matmul", case.n, case.k, x.data.dtype, w.format, w.layout, torch.bfloat16, x_format=x.format,
-                      x_layout=x.layout)  # fmt: skip
-    return select(problem, detect("cuda"), repack=False).pick(case.m).name
-
-
-def table(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> None:
-    """Measure all shapes, then those that no table has seen; write json, md and a roofline picture's data."""
-    wanted = list(nks) + [nk for nk in UNSEEN if not args.nk]
-    chosen = {(m, n, k): choose(m, n, k, sm_count()) for n, k in wanted for m in ms}
-    texts = sorted({str(c) for c in chosen.values()})
-    peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
-    verdicts, lines = prepare(texts, [p.name for p in peers], wanted, ms, args, args.prepare)
-    bad = {t: v for t, v in verdicts.items() if v}
-    log(len(texts), "configurations checked; bad:", json.dumps(bad), *lines)
-    out = {
-        "environment": environment(),
-        "ceilings": ceilings(),
-        "configurations_checked": texts,
-        "bad": bad,
-        "rows": [],
-    }
-    out["dispatch"] = dispatch()
-    log("dispatch", json.dumps(out["dispatch"]))
-    rows: list[dict] = []
-    for n, k in wanted:
-        for m in ms:
-            if time.time() - START > args.budget:
-                log("out of time at", m, n, k)
-                break
-            case = Case(m, n, k)
-            config = chosen[m, n, k]
-            times, faults = time_case(case, [] if str(config) in bad else [config], peers, rounds=11 if m < 2048 else 7)
-            name = picked(case)
-            if str(config) in times:
-                times[name] = times.pop(str(config))
-            rows.append({"m": m, "n": n, "k": k, "time_us": {a: round(b, 3) for a, b in times.items()}, "ours": name,
-                         "config": str(config), "unseen": (n, k) in UNSEEN, "faults": faults})  # fmt: skip
-            del case
-        out["rows"] = rows
-        (args.out / "h200-gemm.json").write_text(json.dumps(out, indent=1))
-        torch.cuda.empty_cache()
-    text = markdown(out)
-    (args.out / "h200-gemm.md").write_text(text)
-    print(text)
-
-
-START = time.time()
+def geomean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm; NaN of nothing."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def dispatch() -> dict[str, float]:
@@ -79,22 +26,25 @@ def dispatch() -> dict[str, float]:
     from blockscale.kernels import gluon
     from blockscale.kernels.gluon import gemm
     from blockscale.kernels.gluon import quantize as group
+    from blockscale.kernels.gluon.selection import choose
+
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
 
     w = quantize(torch.randn(1536, 7168, device="cuda"), "fp8_128x128")
     x = torch.randn(1, 7168, device="cuda", dtype=torch.bfloat16)
     problem = ops.linear_problem(w, torch.bfloat16)
     kernel = gluon.DecodeLinear()
-    config = choose(1, 1536, 7168, sm_count())
+    config = choose(1, 1536, 7168, sms)
     act = problem.activation_format
     assert act is not None
     q = group.quantize(x, act, 1e-10)
     y = torch.empty(1, 1536, device="cuda", dtype=torch.bfloat16)
-    first, second = group.launch(x, q.data, q.scale, False, 1e-10), launch(q, w, None, y, config, sm_count())
+    first, second = group.launch(x, q.data, q.scale, False, 1e-10), gemm.launch(q, w, None, y, config, sms)
     calls = {
         "linear": lambda: ops.linear(x, w),
         "kernel_run": lambda: kernel.run(problem, x, w, None),
         "bare_launches": lambda: (first.run(), second.run()),
-        "gemm_multiply": lambda: gemm.multiply(q, w, None, torch.bfloat16, config, sm_count()),
+        "gemm_multiply": lambda: gemm.multiply(q, w, None, torch.bfloat16, config, sms),
     }
     result = {}
     for name, call in calls.items():

@@ -1,6 +1,6 @@
 """Hopper kernels written in Gluon: FP8 with 1x128 activation scales times 128x128 weight scales, for sm_90.
 
-`gluon.decode` serves a decode step's tokens, `gluon.prefill` more; `heuristic.py` chooses the configuration of each
+`gluon.decode` serves a decode step's tokens, `gluon.prefill` more; `selection.py` chooses the configuration of each
 launch. Triton is imported when a kernel first runs.
 """
 
@@ -16,7 +16,7 @@ from ...platform import Platform, detect
 from ...registry import Problem
 from ...tensor import BlockScaled
 from .config import Config
-from .heuristic import choose
+from .selection import choose
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_FLOOR = 1e-30  # below it a scale could be subnormal, which the fast division does not round right

@@ -124,7 +124,9 @@ class Swap:
         stage = self.step * ((self.tokens + 64) * 128 + max(self.tokens, 32) * 4) + _SCALE_BOX + _BARRIERS
         scratch = self.groups * 64 * self.tokens * 4  # the output's layout conversion and the other groups' sums
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK - scratch
-        return max(2, min(12 // self.step, budget // stage))
+        count = max(2, min(12 // self.step, budget // stage))
+        # a stage must always be the same warpgroup's: a barrier's parity tells this fill from the one before, no more
+        return count // self.groups * self.groups
 
     @property
     def registers(self) -> tuple[int, int]:
