@@ -113,7 +113,7 @@ def decode_ptx(byte, DTYPE: tl.constexpr):
 
 @triton.jit
 def decode_fp4_ptx(byte, DTYPE: tl.constexpr):
-    """`[rows, n]` bytes of two E2M1 codes -> `[rows, 2 n]`: fp16 holding value * 2^-14, or bf16 the value. NVIDIA only."""
+    """`[rows, n]` bytes of two E2M1 codes -> `[rows, 2 n]`: fp16 of value * 2^-14, or bf16 of the value; NVIDIA."""
     if DTYPE == tl.float16:
         low, high = tl.inline_asm_elementwise(
             """{

@@ -91,10 +91,9 @@ def matmul(
     with on_device(y):
         if tma:
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
-            w_blocks = _blocks(w_data, tile.bn // 2 if tile.halves else tile.bn)
             kernels.tma_kernel[(programs, tile.split)](
-                _blocks(x_data, tile.bm), w_blocks, y, bias, sx[0], sw, part, tickets, m, n, k,
-                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"], HALVES=tile.halves,
+                _blocks(x_data, tile.bm), _blocks(w_data, tile.bn), y, bias, sx[0], sw, part, tickets, m, n, k,
+                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
                 maxnreg=tile.registers or None, **common,
             )  # fmt: skip
         else:

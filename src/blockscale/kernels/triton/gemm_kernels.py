@@ -174,7 +174,6 @@ def tma_kernel(
     SWAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """FP8 operands in 128-wide K blocks through block copies; scales fp32, one a row and one a 128x128 block.
 
@@ -191,33 +190,17 @@ def tma_kernel(
         rn = pn * BN + tl.arange(0, BN)
         sx_at = sx_ptr + tl.minimum(rm, M - 1).to(tl.int64) * sx_m
         sw_at = sw_ptr + (pn * BN // 128) * sw_n
-        if HALVES:
-            # Two sums of half the width: half the registers for products, so that two programs fit a multiprocessor
-            # and one multiplies while the other promotes.
-            left = tl.zeros((BM, BN // 2), tl.float32)
-            right = tl.zeros((BM, BN // 2), tl.float32)
-            for step in tl.range(0, steps, num_stages=STAGES):
-                x = x_desc.load([pm * BM, step * 128])
-                w = w_desc.load([pn * BN, step * 128])
-                v = w_desc.load([pn * BN + BN // 2, step * 128])
-                scale = tl.load(sx_at + step * sx_k) * decode_scale(tl.load(sw_at + step * sw_k), SW_KIND)
-                left += tl.dot(x, w.T) * scale[:, None]
-                right += tl.dot(x, v.T) * scale[:, None]
-            rn = pn * BN + tl.arange(0, BN // 2)
-            store_tile(left, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
-            store_tile(right, y_ptr, bias_ptr, rm, rn + BN // 2, M, N, y_stride, BIAS, SWAP)
-        else:
-            acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
-            for step in tl.range(piece * steps // SPLIT, (piece + 1) * steps // SPLIT, num_stages=STAGES):
-                w = w_desc.load([pn * BN, step * 128])
-                x = x_desc.load([pm * BM, step * 128])
-                scale = tl.load(sx_at + step * sx_k) * decode_scale(tl.load(sw_at + step * sw_k), SW_KIND)
-                if SWAP:
-                    acc += tl.dot(w, x.T) * scale[None, :]
-                else:
-                    acc += tl.dot(x, w.T) * scale[:, None]
-            mine = True
-            if SPLIT > 1:
-                mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
-            if mine:
-                store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
+        acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
+        for step in tl.range(piece * steps // SPLIT, (piece + 1) * steps // SPLIT, num_stages=STAGES):
+            w = w_desc.load([pn * BN, step * 128])
+            x = x_desc.load([pm * BM, step * 128])
+            scale = tl.load(sx_at + step * sx_k) * decode_scale(tl.load(sw_at + step * sw_k), SW_KIND)
+            if SWAP:
+                acc += tl.dot(w, x.T) * scale[None, :]
+            else:
+                acc += tl.dot(x, w.T) * scale[:, None]
+        mine = True
+        if SPLIT > 1:
+            mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
+        if mine:
+            store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)

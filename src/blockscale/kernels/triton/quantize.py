@@ -121,13 +121,15 @@ def rmsnorm_quantize(
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
     group = fmt.block[1] or cols
-    tile = max(2048 // _pow2(group), 1)
+    whole = _pow2(padded_groups) * _pow2(group) <= 16384
+    tile = _pow2(padded_groups) if whole else max(2048 // _pow2(group), 1)
     with on_device(x):
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
             DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group),
-            G=min(tile, _pow2(padded_groups)), C=_pow2(group),
+            WHOLE=whole,
+            G=tile, C=_pow2(group), num_warps=8 if tile * _pow2(group) > 4096 else 4,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -165,13 +167,15 @@ def _groups(
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     with on_device(x):
-        kernels.group_kernel[(-(-padded_groups // tile.groups) * -(-padded_rows // tile.rows),)](
+        across, down = -(-padded_groups // tile.groups), -(-padded_rows // tile.rows)
+        few = down <= 64
+        kernels.group_kernel[(across, down) if few else (across * down,)](
             x, _codes(data, how), _bytes(scales), level, weight, rows, cols, -(-cols // group), x.stride(0),
             data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
             tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
             WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, R=tile.rows, G=tile.groups, C=_pow2(group),
-            num_warps=tile.warps,
+            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows,
+            G=tile.groups, C=_pow2(group), num_warps=tile.warps,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 

@@ -213,21 +213,29 @@ def group_kernel(
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
     TICKETS: tl.constexpr,
+    FEW: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
 ):
     """1xGROUP groups of `x: [rows, cols]`, or with SWIGLU of silu(gate) * up with `x: [rows, 2 cols]`.
 
-    One program: R rows by G groups; C is GROUP rounded up to a power of two. TICKETS: zero the tickets that the
+    One program: R rows by G groups; C is GROUP rounded up to a power of two. FEW: rows have a grid axis of their own,
+    which saves a division (and holds 65535 of them). TICKETS: zero the tickets that the
     split-K multiplication after this kernel counts with, which saves it a launch of its own.
     """
-    across = tl.cdiv(padded_groups, G)
-    r = tl.program_id(0) // across * R + tl.arange(0, R)
-    g = tl.program_id(0) % across * G + tl.arange(0, G)
+    if FEW:
+        row_tile = tl.program_id(1)
+        column_tile = tl.program_id(0)
+    else:
+        across = tl.cdiv(padded_groups, G)
+        row_tile = tl.program_id(0) // across
+        column_tile = tl.program_id(0) % across
+    r = row_tile * R + tl.arange(0, R)
+    g = column_tile * G + tl.arange(0, G)
     c = tl.arange(0, C)
     if TICKETS > 0:
-        if tl.program_id(0) == 0:
+        if (row_tile == 0) & (column_tile == 0):
             for i in range(0, tickets, TICKETS):
                 t = i + tl.arange(0, TICKETS)
                 tl.store(ticket_ptr + t, tl.zeros([TICKETS], tl.int32), mask=t < tickets)
@@ -240,7 +248,7 @@ def group_kernel(
         if CLAMP:  # comparisons, not minimum: a NaN must stay one
             x = tl.where(x > clamp, clamp, x)
             up = tl.where(up > clamp, clamp, tl.where(up < -clamp, -clamp, up))
-        x = tl.div_rn(x, 1.0 + tl.exp(-x)) * up
+        x = x / (1.0 + tl.exp(-x)) * up  # rounded to the dtype below: last bits of fp32 do not matter
         if WEIGHTED:
             x = x * tl.load(weight_ptr + r, mask=r < rows, other=0.0).to(tl.float32)[:, None, None]
         # What the unfused pair writes out in between.
@@ -279,27 +287,41 @@ def rmsnorm_kernel(
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
 ):
-    """`x * rsqrt(mean(x^2) + eps) * weight`, then 1xGROUP groups of it. One program: one row, G groups at a time."""
+    """`x * rsqrt(mean(x^2) + eps) * weight`, then 1xGROUP groups of it. One program: one row, G groups at a time.
+
+    WHOLE: G covers the row, which is read once and kept.
+    """
     r = tl.program_id(0) + tl.arange(0, 1)
     c = tl.arange(0, C)
     row = r.to(tl.int64)[:, None, None]
-    total = tl.zeros([1, G, C], tl.float32)
-    for first in range(0, groups, G):
-        g = first + tl.arange(0, G)
-        col = g[None, :, None] * GROUP + c[None, None, :]
-        mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
-        x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
-        total += x * x
+    g = tl.arange(0, G)
+    held = tl.load(
+        x_ptr + row * x_row + (g[None, :, None] * GROUP + c[None, None, :]),
+        mask=inside(r, g, c, rows, cols, groups, GROUP, EVEN),
+        other=0.0,
+    ).to(tl.float32)
+    total = held * held
+    if not WHOLE:
+        for first in range(G, groups, G):
+            g = first + tl.arange(0, G)
+            col = g[None, :, None] * GROUP + c[None, None, :]
+            mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
+            x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
+            total += x * x
     mean = tl.sum(tl.sum(total, axis=2), axis=1)[:, None, None] / cols
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     for first in range(0, padded_groups, G):
         g = first + tl.arange(0, G)
         col = g[None, :, None] * GROUP + c[None, None, :]
         mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
-        x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
+        if WHOLE:
+            x = held
+        else:
+            x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + col, mask=(col < cols) & (c < GROUP)[None, None, :], other=0.0)
         x = (x * inverse * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         quantize_groups(

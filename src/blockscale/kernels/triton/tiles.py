@@ -4,8 +4,8 @@ Constexprs that recur:
 
 X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
 multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
-"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx" and "fp4 ptx": E4M3FN and E2M1 bytes decoded
-four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end.
+"fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx" and "fp4 ptx": E4M3FN and E2M1 bytes
+decoded four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end.
 X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
 matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.

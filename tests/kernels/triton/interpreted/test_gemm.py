@@ -39,8 +39,8 @@ def test_formats(name, policy, dtype, platform, g):
 
 @pytest.mark.parametrize(("name", "policy", "dtype"), [FORMATS[i] for i in (0, 3, 4, 5, 12)])
 def test_many_rows(name, policy, dtype, platform, g):
-    """More rows than one tile holds: no split, no swap, ragged M."""
-    assert_right(name, policy, dtype, (70, 40, 160), platform, g)
+    """More rows than one tile of the interpreter holds, ragged M."""
+    assert_right(name, policy, dtype, (40, 40, 160), platform, g)
 
 
 def assert_right(name, policy, dtype, shape, platform, g):
@@ -91,9 +91,9 @@ def test_fnuz_weights_keep_the_numerics_of_the_checkpoint(policy, platform, g):
 
 def test_a_row_has_the_same_bytes_in_every_batch_where_that_was_ordered(platform, g):
     numerics = get_numerics("checkpoint")
-    w = reference.quantize(torch.randn(40, 384, generator=g), get_format("fp8_128x128"))
-    x = torch.randn(70, 384, generator=g)
-    rows = [gemm.linear(x[:m], w, None, numerics, F32, platform, invariant=True)[0] for m in (1, 16, 70)]
+    w = reference.quantize(torch.randn(20, 384, generator=g), get_format("fp8_128x128"))
+    x = torch.randn(66, 384, generator=g)
+    rows = [gemm.linear(x[:m], w, None, numerics, F32, platform, invariant=True)[0] for m in (1, 33, 66)]
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])
 

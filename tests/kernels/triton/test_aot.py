@@ -1,0 +1,65 @@
+"""Compile a few launches for chips that are not here: `make aot` compiles all of them."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockscale.formats import get_format
+from blockscale.kernels.triton import gemm, quantize
+from blockscale.numerics import get_numerics
+
+spec = importlib.util.spec_from_file_location("aot", Path(__file__).parents[3] / "bench" / "aot.py")
+aot = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(aot)
+
+
+def compile_last(target, call):
+    """Assembly of the last launch that `call` makes, and what the compiler spilled."""
+    with aot.recorded() as launches:
+        call(aot.platform_of(target))
+    compiled = aot.compile_for(target, *launches[-1])
+    return compiled.asm.get("ptx") or compiled.asm["amdgcn"], aot.spills(compiled, target)
+
+
+def multiply(platform):
+    x, w = torch.empty(3, 256, dtype=torch.bfloat16), aot.weight("fp8_128x128", 64, 256, platform)
+    gemm.linear(x, w, None, get_numerics("checkpoint"), torch.bfloat16, platform)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_multiplication_holds_the_native_instruction_exactly_where_there_is_one(target):
+    text, spilled = compile_last(target, multiply)
+    assert bool(re.search(aot.NATIVE.get(target, "no such instruction"), text)) == (target != "sm_80")
+    assert spilled == 0
+    if target == "sm_80":
+        assert "e4m3" not in text
+        assert "mma.sync" in text
+
+
+def test_quantize_on_a_chip_without_fp8_types():
+    call = lambda p: quantize.quantize(torch.empty(64, 256, dtype=torch.bfloat16), get_format("fp8_1x128"), p)  # noqa: E731
+    text, spilled = compile_last("sm_75", call)
+    assert "e4m3" not in text
+    assert spilled == 0
+
+
+FAULTS = [
+    ({"native_instruction": None}, ["no native matrix instruction (wgmma\\.mma_async[\\w.]*e4m3\\.e4m3)"]),
+    ({"spills": 40}, ["40 spilled"]),
+    ({"compiled": False, "error": "over the limit of 120 s"}, ["over the limit of 120 s"]),
+    ({"kernel": "quantize"}, ["unexpected wgmma"]),
+    ({}, []),
+]
+
+
+@pytest.mark.parametrize(("change", "want"), FAULTS)
+def test_faults_of_a_row(change, want):
+    row = {"target": "sm_90", "kernel": "grouped", "compiled": True, "native_instruction": "wgmma", "spills": 0}
+    assert aot.faults({**row, **change}) == want
+
+
+def test_the_matrix_has_48_rows():
+    assert len(aot.TARGETS) * len(aot.CASES) == 48
