@@ -69,7 +69,9 @@ class ShardWriter:
         self._fd = -1
 
     def __enter__(self) -> ShardWriter:
+        """Raises OSError when the disk has no room for the whole shard."""
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
         _pwrite(self._fd, self._head, 0)
         return self
 
