@@ -4,11 +4,11 @@ A job writes into `DST.unfinished/` and renames it to DST when all is there, so 
 
     job.json               what was asked, and of which source
     <shard>.<pid>.partial  being written; renamed when its bytes are on the disk
-    records/<shard>.json   hashes of a finished shard and the report of its steps
+    records/<shard>.json   checksums of a finished shard and the report of its steps
     manifest               all records, once every shard is finished: from here on only the renaming is left
 
-A second run with the same request keeps the shards whose content still hashes to their record and makes the rest. The
-result does not depend on kills, the number of workers or the clock.
+A second run with the same request keeps the shards whose content still has its recorded checksum and makes the rest.
+The result does not depend on kills, the number of workers or the clock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 from .config import load_json
 from .errors import DestinationError
 from .steps import Advance, Step
-from .writer import ShardWriter, Spec, index_of, shard_hashes, sync_folder, write_json
+from .writer import ShardWriter, Spec, index_of, shard_checksums, sync_folder, write_json
 
 MANIFEST = "blockscale_manifest.json"
 UNFINISHED = ".unfinished"
@@ -199,7 +199,7 @@ def _make(job: Job, shard: Shard, listen: Listener) -> None:
         steps = []
         for step in shard.steps:
             steps.append(step.run(writer.write, _advance(step, listen)))
-    record = {"shard": shard.name, "size": writer.size, "sha256": writer.hashes(), "steps": steps}
+    record = {"shard": shard.name, "size": writer.size, "checksums": writer.checksums(), "steps": steps}
     write_json(_record_path(job, shard), record)
 
 
@@ -213,7 +213,7 @@ def _is_kept(job: Job, shard: Shard) -> bool:
     if record is None or not path.is_file() or path.stat().st_size != record["size"]:
         return False
     try:
-        return bool(shard_hashes(path) == record["sha256"])
+        return bool(shard_checksums(path) == record["checksums"])
     except CheckpointError:
         return False
 

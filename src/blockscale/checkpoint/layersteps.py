@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import ScaleError
 from ..tensor import BlockScaled
+from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
 from .exact import convert_exact, values
@@ -20,7 +21,7 @@ from .files import read_bytes
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of
-from .source import SLAB, Checksum
+from .source import SLAB
 from .stats import Stats
 from .steps import Advance, Write
 from .writer import Spec

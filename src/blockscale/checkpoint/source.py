@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from .checksum import Checksum
 from .files import read_bytes
 from .header import TensorInfo
 
@@ -73,27 +72,6 @@ def slabs(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]
     rows, cols = folded(shape)
     step = max(1, SLAB // max(1, cols * multiple)) * multiple
     yield from ((r, min(r + step, rows)) for r in range(0, rows, step))
-
-
-class Checksum:
-    """A quick checksum of bytes read in fixed pieces: notices a source that changed between two runs.
-
-    Sums of 64-bit words for each 64 KiB, hashed: five times faster than hashing the bytes. Not cryptographic.
-    """
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, piece: Tensor) -> None:
-        flat = piece.contiguous().reshape(-1).view(torch.uint8)
-        whole = flat.numel() // 65536 * 65536
-        if whole:
-            sums = flat[:whole].view(torch.int64).view(-1, 8192).sum(1)
-            self._hash.update(sums.numpy().tobytes())
-        self._hash.update(flat[whole:].numpy().tobytes())
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()[:32]
 
 
 def checksum(tensor: SourceTensor, multiple: int = 1) -> str:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..layouts import decode_scale
 from ..numerics import DEFAULT_FLOOR
 from ..tensor import BlockScaled
+from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import NotFiniteError
 from .header import DTYPES
 from .names import module_of
 from .search import searched_scale
-from .source import Checksum, SourceTensor, checksum, slabs
+from .source import SourceTensor, checksum, slabs
 from .stats import Stats
 from .writer import Spec
 
@@ -123,8 +125,8 @@ class Quantize:
         for i, (begin, end) in enumerate(ranges):
             x = self.source.read(begin, end)
             total.update(x)
-            self._check_finite(x, begin)
             q = self._quantize(x, whole)
+            self._check_finite(x, q, begin)
             stats.add(x, q, i)
             parts = self.encoding.tensors(self.module, q)
             write(names.data, parts[names.data])
@@ -164,9 +166,10 @@ class Quantize:
         scale = reference.round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
         return reference.store_scale(scale.reshape(1, 1), fmt)
 
-    def _check_finite(self, x: Tensor, first_row: int) -> None:
-        if self.keep_nan or bool(x.sum(dtype=torch.float32).isfinite()):
-            return  # a sum is finite only if every element is, and costs one pass
+    def _check_finite(self, x: Tensor, q: BlockScaled, first_row: int) -> None:
+        """NaN and infinities show in the result, which has fewer bytes to look at; only then is the slab searched."""
+        if self.keep_nan or not _holds_nan(q):
+            return
         bad = ~x.isfinite()
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
@@ -174,6 +177,14 @@ class Quantize:
                 f"{self.source.name}: {x[row, col].item()} at [{first_row + row}, {col}] "
                 f"({int(bad.sum())} such elements in its slab); --nan keep stores them as NaN"
             )
+
+
+def _holds_nan(q: BlockScaled) -> bool:
+    """Whether an element, or in FP4 a scale, has the code for NaN."""
+    if q.format.packed:
+        return bool(decode_scale(q.scale).isnan().any())
+    byte = q.data.view(torch.int8)
+    return int(byte.max()) == 0x7F if q.format.element.nan == 0x7F else int(byte.min()) == -0x80
 
 
 def _given_dtype(encoding: Encoding) -> torch.dtype:

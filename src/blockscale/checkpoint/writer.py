@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .checksum import Checksum
 from .files import byte_view, read_bytes
 from .header import DTYPES, read_header
 
@@ -63,12 +64,14 @@ class ShardWriter:
         self._head = len(text).to_bytes(8, "little") + text
         self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
         self._left = {s.name: s.nbytes for s in ordered}
-        self._hash = {s.name: hashlib.sha256() for s in ordered}
+        self._sums = {s.name: Checksum() for s in ordered}
         self.size = len(self._head) + offset
         self._fd = -1
 
     def __enter__(self) -> ShardWriter:
+        """Raises OSError when the disk has no room for the whole shard."""
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
         _pwrite(self._fd, self._head, 0)
         return self
 
@@ -82,7 +85,7 @@ class ShardWriter:
         if len(data) > self._left[name]:
             raise CheckpointError(f"{self.path}: {name}: {len(data)} bytes for the last {self._left[name]}")
         _pwrite(self._fd, data, self._at[name])
-        self._hash[name].update(data)
+        self._sums[name].update(piece)
         self._at[name] += len(data)
         self._left[name] -= len(data)
 
@@ -98,9 +101,9 @@ class ShardWriter:
             self._temporary.replace(self.path)
             sync_folder(self.path.parent)
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of every tensor's bytes, and of the header under "" """
-        return {"": hashlib.sha256(self._head).hexdigest()} | {n: h.hexdigest() for n, h in self._hash.items()}
+    def checksums(self) -> dict[str, str]:
+        """Of every tensor's bytes, and of the header under "" """
+        return {"": hashlib.sha256(self._head).hexdigest()} | {n: s.hexdigest() for n, s in self._sums.items()}
 
 
 def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -110,18 +113,18 @@ def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[n:], offset + n
 
 
-def shard_hashes(path: Path) -> dict[str, str]:
-    """`ShardWriter.hashes` of a file that is there, from its bytes. Raises CheckpointError for a damaged header."""
+def shard_checksums(path: Path) -> dict[str, str]:
+    """`ShardWriter.checksums` of a file that is there, from its bytes. Raises CheckpointError for a damaged header."""
     tensors = read_header(path).tensors
     with path.open("rb") as f:
         head = f.read(8)
         head += f.read(int.from_bytes(head, "little"))
     found = {"": hashlib.sha256(head).hexdigest()}
     for info in tensors:
-        digest = hashlib.sha256()
+        total = Checksum()
         for begin in range(0, info.nbytes, 1 << 24):
-            digest.update(byte_view(read_bytes(info, begin, min(begin + (1 << 24), info.nbytes))))
-        found[info.name] = digest.hexdigest()
+            total.update(read_bytes(info, begin, min(begin + (1 << 24), info.nbytes)))
+        found[info.name] = total.hexdigest()
     return found
 
 
