@@ -1,6 +1,6 @@
 """One model in a process of its own, so that its peak memory is its own: answers commands on stdin with JSON lines.
 
-`python demo_worker.py (stock|blockscale) FOLDER DTYPE`. Commands: `load`, `generate`, `perplexity`, `split`, `quit`.
+`python demo_worker.py (stock|blockscale) FOLDER DTYPE [NUMERICS]`. Commands: `load`, `generate`, `perplexity`, `split`, `quit`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WINDOWS = 4
 class Worker:
     """How it loads is the only difference between the variants; all else is the same code on the same tokens."""
 
-    def __init__(self, how: str, folder: str, dtype: str) -> None:
+    def __init__(self, how: str, folder: str, dtype: str, numerics: str = "reference") -> None:
+        self.numerics = numerics
         self.how, self.folder, self.dtype = how, Path(folder), getattr(torch, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.ids = self.tokenizer(text(), return_tensors="pt").input_ids
@@ -37,7 +38,7 @@ class Worker:
     def load(self) -> dict[str, Any]:
         start = time.perf_counter()
         if self.how == "blockscale":
-            self.model = ours.load(self.folder, dtype=self.dtype)
+            self.model = ours.load(self.folder, dtype=self.dtype, numerics=self.numerics)
         else:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
         return {"load_s": time.perf_counter() - start, "kernels": measure.kernels_in_use(self.model)}
