@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 SOURCES = Path(sys.argv[1])
@@ -185,7 +186,9 @@ def program(key, kernel):
 def launch(request):
     key, kernel, names, seconds = compiled(request)
     began = time.monotonic()
-    function = program(key, kernel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pyopencl warns of its own low-level calls
+        function = program(key, kernel)
     cl, _, context = _runtime
     built = time.monotonic()
     queue, flags = cl.CommandQueue(context), cl.mem_flags
