@@ -25,7 +25,7 @@ from blockscale.platform import Platform
 
 TRITON = "3.3.0"
 """What the XPU venv has: triton-xpu 3.3.0b1, the newest on PyPI."""
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "grf_mode")
 
 
 class Worker:

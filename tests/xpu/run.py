@@ -63,13 +63,14 @@ def ocloc() -> str | None:
     return shutil.which("ocloc")
 
 
-def machine_code(tool: str, name: str, spv: bytes) -> Row:
+def machine_code(tool: str, name: str, spv: bytes, flags: str) -> Row:
     """PVC machine code of a launch, and how many registers the compiler spilled."""
     row = Row(name, "pvc", "machine code", 1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "k.spv").write_bytes(spv)
         command = [tool, "compile", "-spirv_input", "-file", "k.spv", "-device", "pvc", "-out_dir", ".", "-output", "k"]
+        command += ["-options", flags] if flags else []
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
         made = [p for p in Path(folder).iterdir() if p.suffix == ".bin"]
     said = done.stdout + done.stderr
@@ -92,7 +93,7 @@ def compiled(worker: Worker) -> Iterator[Row]:
             try:
                 for request in requests:
                     answer = worker.ask(do="compile", **{**request, "buffers": {}})
-                    binaries.append(answer["spv"])
+                    binaries.append((answer["spv"], answer["flags"]))
                     row.dpas = (row.dpas or 0) + answer["dpas"]
                     row.seconds = round((row.seconds or 0.0) + answer["compile_s"], 1)
             except RuntimeError as e:
@@ -104,8 +105,8 @@ def compiled(worker: Worker) -> Iterator[Row]:
             if target == "pvc" and not row.fault:
                 if tool is None:
                     yield Row(name, target, "machine code", 0, fault="no ocloc: install Debian's intel-ocloc as root")
-                for binary in binaries if tool else []:
-                    yield machine_code(tool or "", name, binary)
+                for spv, flags in binaries if tool else []:
+                    yield machine_code(tool or "", name, spv, flags)
 
 
 def executed(worker: Worker) -> Iterator[Row]:

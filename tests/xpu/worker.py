@@ -226,6 +226,7 @@ def facts(kernel, seconds):
         "shared": kernel.metadata.shared,
         "threads_per_warp": kernel.metadata.threads_per_warp,
         "bytes": len(kernel.asm["spv"]),
+        "flags": kernel.metadata.build_flags,
     }
 
 
