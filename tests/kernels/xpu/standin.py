@@ -196,3 +196,25 @@ def install():
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         library.define(RECORD["schemas"][name].split("::", 1)[1])
         library.impl(op, function, "CPU")
+
+
+def install_fakes():
+    """Shapes of the ops for fake tensors, on whatever device they are."""
+    quiet = [op for op in IMPLEMENTATIONS if op.startswith("_C::")]
+    fakes = {op: lambda *args, **kwargs: None for op in quiet}
+    fakes["_xpu_C::fp8_gemm"] = lambda a, b, dtype, *rest: same_device(a, b, *rest).new_empty(
+        a.shape[0], b.shape[1], dtype=dtype
+    )
+    fakes["_xpu_C::fp8_bmm"] = lambda a, b, dtype, *rest: same_device(a, b, *rest).new_empty(
+        *a.shape[:2], b.shape[2], dtype=dtype
+    )
+    fakes["_xpu_C::fp8_gemm_w8a16"] = lambda a, b, *rest: same_device(a, b, *rest).new_empty(a.shape[0], b.shape[1])
+    fakes["_xpu_C::cutlass_grouped_gemm_interface"] = lambda a, scale, b, *rest: same_device(a, b, *rest).new_empty(0)
+    for op, fake in fakes.items():
+        torch.library.register_fake(op, fake, lib=_libraries[op.split("::")[0]])
+
+
+def same_device(*operands):
+    devices = {t.device for t in operands if isinstance(t, torch.Tensor)}
+    need(len(devices) == 1, f"operands on {devices}")
+    return operands[0]

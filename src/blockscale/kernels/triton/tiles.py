@@ -73,11 +73,17 @@ def load_operand(
 
 
 @triton.jit
-def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr):
+def fold_scale(
+    tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr
+):
     """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
-    raw = tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k, mask=(g * GROUP < k_end)[None, :], other=0)
+    at = ptr + row[:, None] * s_row + g[None, :] * s_k
+    if EVEN_K:  # triton-xpu 3.3 aborts on the mask of a single group inside a loop
+        raw = tl.load(at)
+    else:
+        raw = tl.load(at, mask=(g * GROUP < k_end)[None, :], other=0)
     scale = decode_scale(raw, KIND).to(tile.dtype)
     grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
     return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
@@ -141,9 +147,9 @@ def accumulate(
         x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, COMPUTE, BK, EVEN_K)
         w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, COMPUTE, BK, EVEN_K)
         if X_SCALE == "fold":
-            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP)
+            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP, EVEN_K)
         if W_SCALE == "fold":
-            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP)
+            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP, EVEN_K)
         if SWAP:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:
