@@ -317,3 +317,54 @@ def test_the_report(llama, tmp_path):
         assert row["measured"] == w.numel()
         assert row["clipped"] == 0
         assert row["amax"] == float(w.abs().max())
+
+
+def test_a_full_disk_leaves_a_run_to_resume(llama, tmp_path, monkeypatch):
+    """The second shard finds no room: the error of the system, the first shard kept for later."""
+    quantize_checkpoint(llama, tmp_path / "whole", "fp8_128x128", shard_size=100_000)
+    real, calls = os.posix_fallocate, []
+
+    def full(fd, offset, size):
+        calls.append(size)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize_checkpoint(llama, tmp_path / "out", "fp8_128x128", shard_size=100_000)
+    assert not (tmp_path / "out").exists()
+    assert quantize_checkpoint(llama, tmp_path / "out", "fp8_128x128", shard_size=100_000).kept == 1
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["/proc/blockscale/out", "/dev/null/out"])
+def test_targets_that_cannot_be_written(llama, where):
+    with pytest.raises(OSError, match=r"blockscale|null"):
+        quantize_checkpoint(llama, where, "fp8_128x128")
+
+
+def test_a_truncated_shard_names_itself(llama, tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(llama, src)
+    shard = src / "model-00002-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 10)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: .*truncated, or the header lies"):
+        quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
+
+
+def test_deepseeks_rule_for_ragged_weights(tmp_path):
+    """Zero-pad to whole blocks, quantize, crop: spelled out here without any code of ours."""
+    src = tmp_path / "src"
+    src.mkdir()
+    w = torch.randn(576, 200, generator=torch.Generator().manual_seed(4))
+    save_file({"kv_a_proj_with_mqa.weight": w}, src / "model.safetensors")
+    quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
+    padded = torch.zeros(640, 256)
+    padded[:576, :200] = w
+    blocks = padded.view(5, 128, 2, 128)
+    scale = blocks.abs().amax((1, 3)) / 448.0
+    data = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(640, 256)[:576, :200]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["kv_a_proj_with_mqa.weight"].view(torch.uint8), data.contiguous().view(torch.uint8))
+    assert torch.equal(found["kv_a_proj_with_mqa.weight_scale_inv"], scale)

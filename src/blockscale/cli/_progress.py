@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,9 @@ from ..checkpoint.job import Event, Listener
 @contextmanager
 def listening(as_json: bool) -> Iterator[Listener]:
     """A listener for `run_job`. The bar goes to stderr, JSON lines to stdout; "advance" events only move the bar."""
+    if not first_rank():
+        yield lambda event: None
+        return
     if as_json:
         yield _print_event
         return
@@ -31,6 +35,11 @@ def listening(as_json: bool) -> Iterator[Listener]:
                 progress.update(task, advance=event["bytes"], description=_shortened(event["name"]))
 
         yield show
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for the run: under torchrun only one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_event(event: Event) -> None:

@@ -11,7 +11,7 @@ from ..checkpoint import convert_checkpoint, dequantize_checkpoint
 from ..checkpoint.job import Result
 from ..errors import BlockscaleError
 from ._output import console
-from ._progress import listening
+from ._progress import first_rank, listening
 from .quantize import parse_size
 
 _Src = Annotated[Path, typer.Argument(help="Block-scaled checkpoint folder.")]
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
         options["shard_size"] = parse_size(shard_size)
         with listening(as_json) as listen:
             result = convert_checkpoint(src, dst, format, workers=workers, listen=listen, **options)
-        if not as_json:
+        if not as_json and first_rank():
             _show(result)
 
     @app.command("dequantize")
@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
         size = parse_size(shard_size)
         with listening(as_json) as listen:
             result = dequantize_checkpoint(src, dst, dtype, workers=workers, listen=listen, shard_size=size)
-        if not as_json:
+        if not as_json and first_rank():
             _show(result)
 
 

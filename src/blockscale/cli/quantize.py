@@ -11,7 +11,7 @@ from ..checkpoint import quantize_checkpoint
 from ..checkpoint.job import Result
 from ..errors import BlockscaleError
 from ._output import console
-from ._progress import listening
+from ._progress import first_rank, listening
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -52,9 +52,8 @@ def register(app: typer.Typer) -> None:
         options |= {"only": tuple(only or ()), "skip": tuple(skip or ())}
         with listening(as_json) as listen:
             result = quantize_checkpoint(src, dst, format, workers=workers, listen=listen, **options)
-        if as_json:
-            return
-        show_result(result)
+        if not as_json and first_rank():
+            show_result(result)
 
 
 def show_result(result: Result) -> None:
