@@ -1,6 +1,7 @@
 """One model in a process of its own, so that its peak memory is its own: answers commands on stdin with JSON lines.
 
-`python demo_worker.py (stock|blockscale) FOLDER DTYPE [NUMERICS]`. Commands: `load`, `generate`, `perplexity`, `split`, `quit`.
+`python demo_worker.py (stock|blockscale) FOLDER DTYPE [NUMERICS]`.
+Commands: `load`, `generate`, `perplexity`, `split`, `quit`.
 """
 
 from __future__ import annotations

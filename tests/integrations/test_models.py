@@ -42,7 +42,9 @@ IDS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(5))
 def case(request, tmp_path_factory):
     make, options, acts = CASES[request.param]
     folder = make(tmp_path_factory.mktemp(request.param) / "stored", **options)
-    return folder, integration.load(folder, dtype=torch.float32), acts
+    # An ordered kernel, so that one order of sums is compared with another only where the models differ: rounding to
+    # E4M3 turns a difference of 1e-7 into one of 6e-2 in the few elements that lie on an edge.
+    return folder, integration.load(folder, dtype=torch.float32, kernel="reference"), acts
 
 
 def ours(model):

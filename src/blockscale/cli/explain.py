@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,12 @@ import torch
 import typer
 from rich.markup import escape
 
+from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
 from ..errors import BlockscaleError, NoKernelError
 from ..formats import get_format
-from ..numerics import get_numerics
+from ..numerics import Numerics, get_numerics
 from ..platform import Platform
+from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
 from ._output import console, decisions_json, plan_json, platform_from, print_json, problem_json
 
@@ -31,7 +34,9 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Describe a platform: kind[:arch][+feature[=version]]…")
         ] = None,
         device: Annotated[str, typer.Option(help="Or take a device of this machine.")] = "cpu",
-        numerics: Annotated[str, typer.Option(help="Policy for activations.")] = "checkpoint",
+        numerics: Annotated[
+            str, typer.Option(help="Policy: reference, hf, vllm, or one Numerics for every layer.")
+        ] = "reference",
         dtype: Annotated[str, typer.Option(help="dtype of x and of the result.")] = "bfloat16",
         kernel: Annotated[str | None, typer.Option(help="Order this kernel or family.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -42,15 +47,25 @@ def register(app: typer.Typer) -> None:
         if dtype not in _DTYPES:
             raise BlockscaleError(f"explain: --dtype needs one of {', '.join(_DTYPES)}, got {dtype!r}")
         where = platform_from(platform, device)
+        policy = None
         if shape is not None:
-            problems = Counter([_problem(shape, format, op, numerics, _DTYPES[dtype])])
+            simple = "checkpoint" if numerics == "reference" else numerics
+            problems = Counter([_problem(shape, format, op, simple, _DTYPES[dtype])])
         else:
             assert checkpoint is not None
-            problems = _problems(checkpoint, numerics, _DTYPES[dtype])
+            found = open_checkpoint(checkpoint)
+            policy = model_policy(numerics, found.config)
+            problems = _problems(found, policy, _DTYPES[dtype])
         answers = [_answer(problem, where, kernel, count) for problem, count in problems.items()]
         if as_json:
-            print_json({k: v for k, v in answers[0].items() if k != "layers"} if shape else {"layers": answers})
+            said = (
+                [dict(zip(("field", "value", "source"), row, strict=True)) for row in policy.rows()] if policy else []
+            )
+            one = {k: v for k, v in answers[0].items() if k != "layers"} if answers else {}
+            print_json(one if shape else {"policy": said, "layers": answers})
         else:
+            if policy is not None:
+                _show_policy(policy)
             for problem in problems:
                 _show(problem, where, kernel, problems[problem])
 
@@ -66,15 +81,39 @@ def _problem(shape: str, format: str, op: str, numerics: str, dtype: torch.dtype
     return Problem(op, n, k, dtype, fmt, "row", dtype, get_numerics(numerics), lead[0] if lead else 0)
 
 
-def _problems(checkpoint: Path, numerics: str, dtype: torch.dtype) -> Counter[Problem]:
-    """Distinct layer shapes of a checkpoint and how many layers have each."""
-    from ..checkpoint import open_checkpoint
-
-    policy, found = get_numerics(numerics), Counter[Problem]()
-    for layer in open_checkpoint(checkpoint).layers:
-        n, k = layer.shape[-2:]
-        found[Problem("linear", n, k, dtype, layer.format, "row", dtype, policy)] += 1
+def _problems(checkpoint: Checkpoint, policy: Policy, dtype: torch.dtype) -> Counter[Problem]:
+    """Distinct layer shapes of a checkpoint and how many layers have each. Single experts count as one stack."""
+    found, stacks = Counter[Problem](), dict[str, list[StoredLayer]]()
+    for layer in checkpoint.layers:
+        *lead, n, k = layer.shape
+        single = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", layer.name)
+        if single:
+            stacks.setdefault(f"{single[1]}.*.{single[2]}", []).append(layer)
+        elif lead:
+            found[_layer_problem("grouped_linear", n, k, layer, policy.experts, dtype, lead[0])] += 1
+        elif layer.name.endswith((".wo_a", ".o_a_proj")):
+            groups = int(checkpoint.config.get("o_groups", 1))
+            found[_layer_problem("grouped_linear", n // groups, k, layer, policy.grouped_output, dtype, groups)] += 1
+        else:
+            found[_layer_problem("linear", n, k, layer, policy.linear, dtype, 0)] += 1
+    for layers in stacks.values():
+        n, k = layers[0].shape
+        found[_layer_problem("grouped_linear", n, k, layers[0], policy.experts, dtype, len(layers))] += 1
     return found
+
+
+def _layer_problem(
+    op: str, n: int, k: int, layer: StoredLayer, numerics: Numerics, dtype: torch.dtype, groups: int
+) -> Problem:
+    static = layer.parts.input_scale is not None
+    return Problem(op, n, k, dtype, layer.format, "row", dtype, numerics, groups, static)
+
+
+def _show_policy(policy: Policy) -> None:
+    out = console()
+    out.print(f"policy {policy.name}", highlight=False)
+    for field, value, source in policy.rows():
+        out.print(f"  {field}: {value}\n             - {escape(source)}", highlight=False)
 
 
 def _answer(problem: Problem, platform: Platform, kernel: str | None, count: int) -> dict[str, Any]:
