@@ -140,14 +140,16 @@ def gemm_tile(
         tile = replace(tile, stages=3, programs=3, registers=168, entry=tile.entry + ", K <= 2048")
     if m <= 128 and not invariant:  # half the rows: twice the programs
         tile = replace(tile, bm=min(tile.bm, 64), warps=min(tile.warps, 4), entry=tile.entry + ", M <= 128")
-    return _fit(tile, span)
+    return _fit(tile, k, span)
 
 
 def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
     name = family(platform)
     key, (bn, bk, warps, stages, swap) = _find(_SMALL, name, path)
-    tile = GemmTile(max(_pow2(m), 16), bn, bk, warps, stages, _entry(name, key, "small"), swap=swap)
-    tile = _fit(tile, span)
+    bm = max(_pow2(m), 16)
+    bn = min(bn, 64) if bm > 32 else bn  # more sums than that spill
+    tile = GemmTile(bm, bn, bk, warps, stages, _entry(name, key, "small"), swap=swap)
+    tile = _fit(tile, k, span)
     if path == "tma" and n > 2 * tile.bn * multiprocessors(platform):
         tile = replace(tile, bn=2 * tile.bn, stages=4, entry=f"{tile.entry}, wide")
     return replace(tile, split=_split(-(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)))
@@ -164,10 +166,14 @@ def _split(tiles: int, steps: int, sms: int) -> int:
     return split
 
 
-def _fit(tile: GemmTile, span: int) -> GemmTile:
-    """Cut bk down to a power of two that the span needs; 32 is the shortest that every instruction takes."""
+def _fit(tile: GemmTile, k: int, span: int) -> GemmTile:
+    """Cut the step to a power of two that the span needs (32 is the shortest that every instruction takes), and tiles
+    whose rows start unaligned, which are read byte by byte, to what does not spill."""
+    if k % 16:
+        small = min(tile.bn, 64), min(tile.bk, 64)
+        tile = replace(tile, bn=small[0], bk=small[1], entry=f"{tile.entry}, unaligned")
     if span and span < tile.bk:
-        return replace(tile, bk=max(_pow2(span), 32), entry=f"{tile.entry}, span {span}")
+        tile = replace(tile, bk=max(_pow2(span), 32), entry=f"{tile.entry}, span {span}")
     return tile
 
 

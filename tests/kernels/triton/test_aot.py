@@ -49,6 +49,7 @@ def test_quantize_on_a_chip_without_fp8_types():
 FAULTS = [
     ({"native_instruction": None}, ["no native matrix instruction (wgmma\\.mma_async[\\w.]*e4m3\\.e4m3)"]),
     ({"spills": 40}, ["40 spilled"]),
+    ({"seconds": 121.5}, ["121.5 s, over the limit of 120 s"]),
     ({"compiled": False, "error": "over the limit of 120 s"}, ["over the limit of 120 s"]),
     ({"kernel": "quantize"}, ["unexpected wgmma"]),
     ({}, []),
@@ -58,6 +59,7 @@ FAULTS = [
 @pytest.mark.parametrize(("change", "want"), FAULTS)
 def test_faults_of_a_row(change, want):
     row = {"target": "sm_90", "kernel": "grouped", "compiled": True, "native_instruction": "wgmma", "spills": 0}
+    row["seconds"] = 3.0
     assert aot.faults({**row, **change}) == want
 
 
