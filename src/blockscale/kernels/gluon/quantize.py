@@ -32,7 +32,7 @@ def _divide(x, scale):
 def quantize_kernel(
     x_ptr, data_ptr, scale_ptr, rows, cols, x_ld, scale_ld, floor, POW2: tl.constexpr, R: tl.constexpr, G: tl.constexpr
 ):
-    """x [rows, cols] -> data [rows, cols] e4m3, scale [ceil(cols / 128), scale_ld] fp32; a program does R x G groups."""
+    """x [rows, cols] -> data [rows, cols] e4m3, scale [ceil(cols / 128), scale_ld] fp32; R x G groups a program."""
     gdc_wait()
     gdc_launch_dependents()
     r = tl.program_id(1) * R + tl.arange(0, R)

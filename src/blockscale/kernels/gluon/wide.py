@@ -12,7 +12,7 @@ program order: same bytes whoever that is.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005, SIM102, SIM108 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: SIM102 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 import torch
@@ -23,8 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -35,11 +33,10 @@ from .device import (
     make_barriers,
     partial_offsets,
     partition_barrier,
-    promote_rows,
     scale_boxes,
-    weight_scale,
 )
 from .launch import Launch, flat, matrix, take_tickets
+from .wide_blocks import multiply_steps, plus, zeros
 
 TOGETHER: gl.constexpr = gl.constexpr(8)
 """Tile rows walked together, so that a wave's tiles share operands in L2."""
@@ -138,172 +135,6 @@ def _producer(
 
 
 @gluon.jit
-def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
-           GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
-    """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
-    x = x_bufs.index((stage * STEP + j) * GROUPS + WG)
-    w = w_bufs.index(stage * STEP + j).permute((1, 0))
-    partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
-    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
-    return partial, x_scale * weight_scale(ws_boxes, stage, at, j, rows)
-
-
-@gluon.jit
-def _blocks_overlapped(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """U steps of a one-piece tile. at: flat index of the first weight scale.
-
-    Two sets of partial products alternate: one is promoted while the tensor cores work on the other. Nothing is in
-    flight when the function returns: a wgmma across a loop's back edge makes ptxas serialise all of them (C7514).
-    """
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    acc = accs[0]
-    spare = gl.zeros(acc.shape, gl.float32, layout=mma)
-    busy = spare
-    scale = gl.zeros((64,), gl.float32, layout=rows)
-    held = stage
-    for u in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        for j in gl.static_range(STEP):
-            started, started_scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, spare, j, WG,
-                                            GROUPS, STEP, rows)  # fmt: skip
-            if u + j > 0:
-                spare = warpgroup_mma_wait(1, deps=(busy,))
-                if j == 0:
-                    mbarrier.arrive(empty.index(held), count=1)
-                acc = promote_rows(acc, spare, scale)
-            busy = started
-            scale = started_scale
-        held = stage
-        stage, phase = advance(stage, phase, STAGES)
-    done = warpgroup_mma_wait(0, deps=(busy,))
-    mbarrier.arrive(empty.index(held), count=1)
-    acc = promote_rows(acc, done, scale)
-    return (acc,), stage, phase
-
-
-@gluon.jit
-def _blocks_in_turn(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """The same with one set of partial products, for three warpgroups: each promotes while the other two multiply."""
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    acc = accs[0]
-    partial = gl.zeros(acc.shape, gl.float32, layout=mma)
-    for u in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        for j in gl.static_range(STEP):
-            busy, scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, partial, j, WG, GROUPS, STEP,
-                                 rows)  # fmt: skip
-            partial = warpgroup_mma_wait(0, deps=(busy,))
-            if j == STEP - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
-            acc = promote_rows(acc, partial, scale)
-        stage, phase = advance(stage, phase, STAGES)
-    return (acc,), stage, phase
-
-
-@gluon.jit
-def _zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
-    """A tuple of empty accumulators."""
-    out = ()
-    for _ in gl.static_range(COUNT):
-        out = out + (gl.zeros((64, COLS), gl.float32, layout=mma),)
-    return out
-
-
-@gluon.jit
-def _plus(accs, part):
-    """Add one program's partial tile, pieces one after another in the workspace."""
-    out = ()
-    for p in gl.static_range(len(accs)):
-        out = out + (accs[p] + gl.load(part + p * (64 * accs[p].shape[1]), cache_modifier=".cg"),)
-    return out
-
-
-@gluon.jit
-def _put(items, at: gl.constexpr, item):
-    """The tuple `items` with another item at `at`."""
-    out = ()
-    for i in gl.static_range(len(items)):
-        if i == at:
-            out = out + (item,)
-        else:
-            out = out + (items[i],)
-    return out
-
-
-@gluon.jit
-def _blocks_from_registers(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """U k-blocks of a tile of several 64-wide pieces, x from registers: read once from shared memory for all pieces.
-
-    odd: the tile starts in the middle of a 128-wide scale block.
-    """
-    PIECES: gl.constexpr = len(accs)
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
-    spare = gl.zeros((64, 64), gl.float32, layout=mma)
-    held = stage
-    busy = spare
-    scale = gl.zeros((64,), gl.float32, layout=rows)
-    for j in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        x = x_bufs.index(stage * GROUPS + WG).load(operand)
-        for p in gl.static_range(PIECES):
-            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
-            started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
-            if p == 0:
-                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
-                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, 0, rows)
-                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, 0, rows)
-            if p == 0:
-                if j > 0:
-                    spare = warpgroup_mma_wait(1, deps=(busy,))
-                    mbarrier.arrive(empty.index(held), count=1)
-                    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
-            else:
-                spare = warpgroup_mma_wait(1, deps=(busy,))
-                accs = _put(accs, p - 1, promote_rows(accs[p - 1], spare, scale))
-            busy = started
-            # the tile's columns cross into the second scale block after 128 of them, 64 when it starts at an odd 64
-            if p == 0:
-                scale = scale_lo
-            elif p == 1:
-                scale = gl.where(odd, scale_hi, scale_lo)
-            else:
-                scale = scale_hi
-        held = stage
-        stage, phase = advance(stage, phase, STAGES)
-    spare = warpgroup_mma_wait(0, deps=(busy,))
-    mbarrier.arrive(empty.index(held), count=1)
-    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
-    return accs, stage, phase
-
-
-@gluon.jit
-def _blocks(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """U steps of a tile, by the way that its shape asks for. at: flat index of the first weight scale."""
-    if len(accs) > 1:
-        return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                      odd, WG, GROUPS, U, STAGES, mma)  # fmt: skip
-    elif GROUPS == 3:
-        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS, STEP,
-                               U, STAGES, mma)  # fmt: skip
-    else:
-        return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
-                                  STEP, U, STAGES, mma)  # fmt: skip
-
-
-@gluon.jit
 def _store(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, HAS_BIAS: gl.constexpr):
     """Round one `[64, W]` piece of y to its dtype and send it off by TMA, which drops what lies past M and N."""
     if HAS_BIAS:
@@ -356,50 +187,16 @@ def _consumer(
         m += WG * 64
         at = n // 128 * ws_ld
         odd = n % 128 != 0
-        accs = _zeros(PIECES, P, mma)
+        accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
-            accs, stage, phase = _blocks(
-                accs,
-                x_bufs,
-                w_bufs,
-                xs_bufs,
-                ws_boxes,
-                full,
-                empty,
-                stage,
-                phase,
-                at + (s0 + c * U) * STEP,
-                ws_ld,
-                odd,
-                WG,
-                GROUPS,
-                STEP,
-                U,
-                STAGES,
-                mma,
-            )
+            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                                at + (s0 + c * U) * STEP, ws_ld, odd, WG, GROUPS, STEP, U, STAGES,
+                                                mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
-            accs, stage, phase = _blocks(
-                accs,
-                x_bufs,
-                w_bufs,
-                xs_bufs,
-                ws_boxes,
-                full,
-                empty,
-                stage,
-                phase,
-                at + s * STEP,
-                ws_ld,
-                odd,
-                WG,
-                GROUPS,
-                STEP,
-                1,
-                STAGES,
-                mma,
-            )
+            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                                at + s * STEP, ws_ld, odd, WG, GROUPS, STEP, 1, STAGES,
+                                                mma)  # fmt: skip
         whole = True
         if STREAM_K:
             if s1 - s0 < num_steps:
@@ -413,11 +210,11 @@ def _consumer(
                     gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
                 whole = _is_last(tickets + t * GROUPS + WG, last - first + 1)
                 if whole:
-                    accs = _zeros(PIECES, P, mma)
+                    accs = zeros(PIECES, P, mma)
                     for q in range(first, last + 1):
                         ends_here = _first_unit(q, num_tiles, num_steps, full_waves, dealt) // num_steps != t
                         slot_q = (2 * q + gl.where(ends_here, 1, 0)) * GROUPS + WG
-                        accs = _plus(accs, workspace + slot_q * (PIECES * 64 * P) + offsets)
+                        accs = plus(accs, workspace + slot_q * (PIECES * 64 * P) + offsets)
         if whole:
             for p in gl.static_range(PIECES):
                 if y_desc.block_type.shape[1] < P:
