@@ -19,7 +19,8 @@ from blockscale.reference import quantize
         (16, 3584, 4608, "swap-16-g1-k2-x1-s1"),
         (16, 18432, 7168, "swap-16-g1-k1-x3-s1-nopdl"),  # 288 programs leave places that the next launch would take
         (64, 24576, 1536, "swap-64-g1-k1-x3-s1"),
-        (33, 5120, 3072, "swap-64-g2-k1-x1-s2"),
+        (33, 5120, 3072, "swap-64-g1-k1-x1-s1"),
+        (32, 5120, 3072, "swap-32-g1-k1-x1-s2"),
         (16, 192, 128, "swap-16-g1-k1-x1-s1"),  # K is one k-block: nothing to split
         (128, 512, 7168, "wide-32-u8-p4-g2-s1"),
         (512, 4096, 7168, "wide-128-u8-p1-g2-s1"),

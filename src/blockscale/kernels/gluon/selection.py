@@ -66,8 +66,8 @@ def _swapped(m: int, n: int, k: int, sm_count: int) -> Swap:
     per_sm = min(ceil_div(tiles * split, sm_count), 4 if tokens <= 32 else 3)
     # programs of the next launch that arrive early would take the places of this one's
     pdl = per_sm == 1 or tiles * split > 0.9 * per_sm * sm_count
-    shared = tokens >= 32 and per_sm == 1 and k_blocks % 2 == 0
-    return Swap(tokens, 2 if shared else 1, split, per_sm, 2 if shared else 1, pdl)
+    two = k_blocks % 2 == 0 and (tokens == 32 or (tokens == 64 and split > 1))
+    return Swap(tokens, 1, split, per_sm, 2 if two else 1, pdl)
 
 
 def by_rule(m: int, n: int, k: int, sm_count: int) -> Config:

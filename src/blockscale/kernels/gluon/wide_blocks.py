@@ -4,7 +4,7 @@ Three ways, by the shape of the tile: overlapped (two warpgroups, one piece), in
 (several pieces that share the rows of x).
 """
 
-# mypy: disable-error-code=assignment
+# mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
