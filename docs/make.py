@@ -28,8 +28,9 @@ PLATFORMS = {
     "rocm:gfx942+triton=3.6": "compiled for it in CI; not run on it",
     "rocm:gfx950+triton=3.6": "compiled for it in CI; not run on it",
     "rocm:gfx1201+triton=3.6": "compiled for it in CI; not run on it",
-    "xpu:bmg+triton=3.6": "not run on Intel hardware",
-    "xpu:pvc+triton=3.6": "not run on Intel hardware",
+    "xpu:bmg+triton=3.6": "executed on a CPU through SPIR-V in CI (docs/xpu.md); not run on Intel hardware",
+    "xpu:pvc+triton=3.6": "executed on a CPU through SPIR-V in CI; not run on Intel hardware",
+    "xpu:bmg+triton=3.6+vllm-xpu-kernels=0.1.16.2": "adapters run over stand-ins in CI; not run on Intel hardware",
 }
 FORMATS = ("fp8_128x128", "fp8_128x128_ue8m0", "mxfp4", "nvfp4")
 

@@ -1,6 +1,6 @@
 """`make test-xpu`: our Triton kernels through Intel's compiler, on this CPU, without Intel hardware.
 
-    python tests/xpu/run.py [--venv build/xpu-venv] [--out build/xpu.json] [--only compiled|executed|codec|"machine code"]
+    python tests/xpu/run.py [--venv build/xpu-venv] [--out build/xpu.json] [--only codec|executed|compiled]
 
 Installs what it needs: a venv of its own with triton-xpu (it takes the package name `triton`), Intel's CPU OpenCL
 runtime and pyopencl; and `ocloc` from Debian, as root. Writes one row for each kernel, target and stage, and exits 1

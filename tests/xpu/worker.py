@@ -1,4 +1,4 @@
-"""Compile Triton launches with Intel's Triton and run them on a CPU through OpenCL. Runs in the XPU venv, without torch.
+"""Compile Triton launches with Intel's Triton, run them on a CPU through OpenCL. In the XPU venv, without torch.
 
 Answers pickled requests on stdin, one after the other, until end of file (see `executor.py`, its other end):
 

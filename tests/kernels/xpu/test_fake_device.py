@@ -21,7 +21,6 @@ from blockscale.registry import Problem
 from blockscale.tensor import BlockScaled
 
 
-
 def beside(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)

@@ -40,7 +40,7 @@ def decode(byte, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     A float's exponent and mantissa, moved to the same place of a wider float, are the same number times a power of
     two, subnormals included: one multiplication repairs the bias.
     """
-    tl.static_assert((DTYPE == tl.float16 or DTYPE == tl.bfloat16) or DTYPE == tl.float32, "decode to fp16, bf16 or fp32")
+    tl.static_assert((DTYPE == tl.float16 or DTYPE == tl.bfloat16) or DTYPE == tl.float32, "fp16, bf16 or fp32")
     if DTYPE == tl.bfloat16:
         value = _decode_bf16(byte, ELEMENT)
     else:

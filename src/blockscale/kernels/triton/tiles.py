@@ -80,10 +80,8 @@ def fold_scale(
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
     at = ptr + row[:, None] * s_row + g[None, :] * s_k
-    if EVEN_K:  # triton-xpu 3.3 aborts on the mask of a single group inside a loop
-        raw = tl.load(at)
-    else:
-        raw = tl.load(at, mask=(g * GROUP < k_end)[None, :], other=0)
+    # Without a mask where none is needed: triton-xpu 3.3 aborts on that of a single group inside a loop.
+    raw = tl.load(at) if EVEN_K else tl.load(at, mask=(g * GROUP < k_end)[None, :], other=0)
     scale = decode_scale(raw, KIND).to(tile.dtype)
     grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
     return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
