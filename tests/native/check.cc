@@ -67,17 +67,20 @@ static void check_linear(const char* isa, int element, int64_t m, int64_t n, int
   for (int64_t a = 0; a < m; a++) {
     double error = 0, size = 0;
     for (int64_t r = 0; r < n; r++) {
-      double want = bias[r];
-      for (int64_t i = 0; i < k; i++)
-        want += (double)(float)(value(element, w + r * bytes, i) * scale[r / rows * gc + i / cols]) * x[a * k + i];
+      double want = bias[r], terms = fabs(bias[r]);  // four roundings of 2^-24 of each are due
+      for (int64_t i = 0; i < k; i++) {
+        const float dense = (float)(value(element, w + r * bytes, i) * scale[r / rows * gc + i / cols]);
+        want += (double)dense * x[a * k + i];
+        terms += fabs((double)dense * x[a * k + i]);
+      }
       const double got = y[a * n + r];
       if (isnan(want)) {
         expect(isnan(got), isa, "NaN weight", got, want);
         continue;
       }
-      error += (got - want) * (got - want), size += want * want;
+      error += (got - want) * (got - want), size += terms * terms;
     }
-    expect(sqrt(error) <= 1e-6 * sqrt(size) + 1e-30, isa, "linear row error", sqrt(error), sqrt(size));
+    expect(sqrt(error) <= 4 * 0x1p-24 * sqrt(size), isa, "linear row error", sqrt(error), sqrt(size));
   }
   free(w), free(scale), free(x), free(bias), free(y);
 }

@@ -1,6 +1,8 @@
 """2^28 sampled fp32 encodings through the native quantizer, compared byte for byte with the reference. Takes minutes.
 
-python tests/native/encodings.py [--log2 28]     prints the mismatches of each instruction set and format; exits 1 on any.
+    python tests/native/encodings.py [--log2 28]
+
+prints the mismatches of each instruction set and format; exits 1 on any.
 
 Every encoding is `16 i + random(16)`: the samples cover the whole space of 2^32 evenly, NaNs and subnormals included.
 The scale is 1, so that what is compared is the rounding itself, as the reference does it.

@@ -24,7 +24,7 @@ struct E4M3 {
     out[3] = bits<F>(odd & mask);
   }
   // Bytes that the trick gets wrong: 0x7F and 0xFF are NaN. Sets bit 7 of such a byte; OR them up, test once a row.
-  INLINE I special(I v) { return (v & 0x7F7F7F7F) + 0x01010101; }
+  INLINE I special(I v) { return bits<I>((bits<U>(v) & 0x7F7F7F7F) + 0x01010101); }
   static constexpr int32_t kSpecial = (int32_t)0x80808080;
   INLINE float one(const uint8_t* row, int64_t i) { return from_e4m3(row[i]); }
 };
@@ -41,7 +41,7 @@ struct E5M2 {
     out[2] = bits<F>(even & mask);
     out[3] = bits<F>(odd & mask);
   }
-  INLINE I special(I v) { return (v & 0x7F7F7F7F) + 0x04040404; }  // 0x7C ... 0x7F: infinity and NaNs
+  INLINE I special(I v) { return bits<I>((bits<U>(v) & 0x7F7F7F7F) + 0x04040404); }  // 0x7C ... 0x7F: infinity and NaNs
   static constexpr int32_t kSpecial = (int32_t)0x80808080;
   INLINE float one(const uint8_t* row, int64_t i) { return from_e5m2(row[i]); }
 };

@@ -52,10 +52,11 @@ INLINE I encode(F v) {
   I special = magnitude >= 0x7F800000;
   I limit = splat(bits<int32_t>(C::kMax));
   I a = magnitude < limit ? magnitude : limit;
-  I normal = ((a + ((1 << (kShift - 1)) - 1) + ((a >> kShift) & 1)) >> kShift) - ((127 - C::kBias) << C::kMantissa);
+  constexpr int32_t kRebias = ((127 - C::kBias) << 23) - ((1 << (kShift - 1)) - 1);
+  I normal = (a - kRebias + ((a >> kShift) & 1)) >> kShift;  // of no meaning below the normal numbers
   I small = bits<I>(bits<F>(a) + bits<F>(splat(kMagic))) - kMagic;
   I code = a < ((128 - C::kBias) << 23) ? small : normal;
-  code |= bits<I>(bits<U>(b) >> 24) & 0x80;
+  code |= bits<I>(bits<U>(b) >> 24) & 0x80;  // the sign, of zero too
   return special ? splat(0x7F) : code;
 }
 

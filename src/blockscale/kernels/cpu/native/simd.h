@@ -88,10 +88,19 @@ INLINE F4 sum4(F a, F b, F c, F d) {  // the sums of four vectors, side by side
   return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
 INLINE float maximum(F v) {
-  float lane[W], m = 0;
-  store(lane, v);
-  for (int i = 0; i < W; i++) m = lane[i] > m ? lane[i] : m;
-  return m;
+#if defined(__AVX512F__)
+  typedef float F8 __attribute__((vector_size(32)));
+  F8 x = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), y = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  F8 h = x > y ? x : y;
+  F4 p = __builtin_shufflevector(h, h, 0, 1, 2, 3), q = __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif defined(__AVX__)
+  F4 p = __builtin_shufflevector(v, v, 0, 1, 2, 3), q = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  F4 p = v, q = v;
+#endif
+  F4 m = p > q ? p : q, n = __builtin_shufflevector(m, m, 2, 3, 0, 1);
+  m = m > n ? m : n;
+  return m[0] > m[1] ? m[0] : m[1];
 }
 
 INLINE int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
