@@ -120,7 +120,7 @@ class DeepGemm(Peer):
 
 
 class Prototype(Peer):
-    """An earlier version of our kernels, where its files lie in the peers' folder (auto.py): did a rewrite lose speed?"""
+    """An earlier version of our kernels, where auto.py lies in the peers' folder: did a rewrite lose speed?"""
 
     name = "prototype"
 

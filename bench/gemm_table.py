@@ -80,7 +80,7 @@ def markdown(out: dict) -> str:
     lines = [
         "# FP8 1x128 x 128x128 GEMM on one H200",
         "",
-        f"{env['device']}, torch {env['torch']}, triton {env['triton']}, CUDA {env['cuda']}. CUDA graphs, operands rotated "
+        f"{env['device']}, torch {env['torch']}, triton {env['triton']}, CUDA {env['cuda']}. CUDA graphs, operands rotated "  # noqa: E501
         "past L2, replays interleaved, medians; one run. Written by `python bench/gemm.py`.",
         "",
         "Ceilings measured: " + ", ".join(f"{k} {v:.0f}" for k, v in out["ceilings"].items()) + ".",
@@ -107,7 +107,8 @@ def markdown(out: dict) -> str:
         rate = (n * k + m * k + 2 * m * n) / ours / 1e3
         cells = [f"{times[p]:.1f} ({times[p] / ours:.2f})" if p in times else "-" for p in PEER_NAMES]
         lines.append(
-            f"| {m} | {n} | {k} | {ours:.2f} | {row['ours']} | {row['config']} | {rate:.0f} | {2 * m * n * k / ours / 1e6:.0f} | "
+            f"| {m} | {n} | {k} | {ours:.2f} | {row['ours']} | {row['config']} | {rate:.0f} | "
+            f"{2 * m * n * k / ours / 1e6:.0f} | "
             + " | ".join(cells) + " |"
         )  # fmt: skip
     faults = [f"{r['m']}x{r['n']}x{r['k']} {name}: {what}" for r in rows for name, what in r["faults"].items()]

@@ -5,6 +5,7 @@ Imports triton, so it is imported inside `run` only.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,23 @@ _GLUON = {
 
 def matrix(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """Boxes of `rows` x `cols` elements of a row-major matrix whose rows start at multiples of 16 bytes."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], _GLUON[t.dtype])
-    return TensorDescriptor.from_tensor(t, [rows, cols], layout)
+    return TensorDescriptor.from_tensor(t, [rows, cols], _matrix_layout(rows, cols, t.dtype))
 
 
 def flat(t: Tensor, box_bytes: int = 128) -> TensorDescriptor:
     """Boxes of consecutive elements of a contiguous tensor of scales: fp32, or uint8 with E8M0 codes."""
     size = t.element_size()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * size, rank=1)
-    return TensorDescriptor.from_tensor(t.view(-1), [box_bytes // size], layout)
+    return TensorDescriptor.from_tensor(t.view(-1), [box_bytes // size], _flat_layout(size))
+
+
+@cache
+def _matrix_layout(rows: int, cols: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], _GLUON[dtype])
+
+
+@cache
+def _flat_layout(element_bytes: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * element_bytes, rank=1)
 
 
 class Launch(NamedTuple):
