@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow check bench docs aot conformance clean
+.PHONY: setup demo test test-slow check bench docs aot conformance clean test-xpu
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
+
+# Our Triton kernels through Intel's compiler, run on this CPU: its own venv, and ocloc from Debian (docs/xpu.md).
+test-xpu: setup
+	$(BIN)/python tests/xpu/run.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
