@@ -51,7 +51,8 @@ def main(paths: list[str]) -> None:
     for name, values in best_of.items():
         mean = lambda v: math.exp(sum(map(math.log, v)) / len(v))  # noqa: E731
         print(name, f"best over DeepGEMM {mean(values):.4f} (worst {min(values):.3f});",
-              f"model over best {mean(model_of.get(name, [math.nan])):.4f} (worst {min(model_of.get(name, [0])):.3f})")  # fmt: skip
+              f"model over best {mean(model_of.get(name, [math.nan])):.4f} "
+              f"(worst {min(model_of.get(name, [0])):.3f})")  # fmt: skip
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
