@@ -55,9 +55,9 @@ def test_exact_there_and_back_is_byte_identical(models, tmp_path, name, there, b
     ("name", "fmt", "stored"),
     [
         ("v4", "fp8_128x128_ue8m0", {("fp8_128x128_ue8m0", "F8_E8M0")}),  # MXFP4 in FP8 tiles: V4-Base
-        ("v4", "mxfp8", {("mxfp8", "F8_E8M0")}),
+        pytest.param("v4", "mxfp8", {("mxfp8", "F8_E8M0")}, marks=pytest.mark.slow),
         ("v3", "fp8_1x128", {("fp8_1x128", "F32")}),
-        ("v41", "mxfp8", {("mxfp8", "F8_E8M0")}),
+        pytest.param("v41", "mxfp8", {("mxfp8", "F8_E8M0")}, marks=pytest.mark.slow),
     ],
 )
 def test_formats_that_hold_the_same_values(models, tmp_path, name, fmt, stored):
@@ -89,7 +89,9 @@ def test_requantize_reports_its_error(models, tmp_path):
             assert torch.equal(new.load(record["name"]).data.view(torch.uint8), want.data.view(torch.uint8))
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "fp8_tensor", "fp8_row", "mxfp4"])
+@pytest.mark.parametrize(
+    "fmt", ["nvfp4", "fp8_tensor", *(pytest.param(f, marks=pytest.mark.slow) for f in ("fp8_row", "mxfp4"))]
+)
 def test_requantize_to_every_kind(models, tmp_path, fmt):
     convert_checkpoint(models("minimax"), tmp_path / "out", fmt, requantize=True, only=(), skip=())
     checkpoint = open_checkpoint(tmp_path / "out")

@@ -56,7 +56,7 @@ def page(what: str, summary: Mapping[str, Any], tensors: Sequence[Mapping[str, A
     if tensors:
         body += [
             "<h2>Error by layer and kind</h2>",
-            "<p class=note>Relative error ‖x − y‖ / ‖x‖ of each weight; experts of a layer share a colour.</p>",
+            "<p class=note>Relative error ‖x − y‖ / ‖x‖ of each weight, on an axis that need not start at zero.</p>",
             dots(_by_layer(tensors), "layer", "relative error"),
             "<h2>Scales</h2>",
             "<p class=note>How many block scales lie between 2<sup>e</sup> and 2<sup>e+1</sup>.</p>",
