@@ -24,17 +24,15 @@ def main() -> None:
     numerics = sys.argv[1] if len(sys.argv) > 1 else "weight_only"
     bf16 = bf16_model()
     rows = {"bf16": row("stock", bf16)}
+    truth = rows["bf16"].pop("top")
     for name in FORMATS:
         folder = CACHE / f"smollm2-{name}"
         cli("quantize", bf16, folder, "--format", name)
         rows[name] = row("blockscale", folder, numerics)
-        print(f"{name}: perplexity {rows[name]['perplexity']:.3f}", flush=True)
-    truth = rows["bf16"]["top"]
-    for found in rows.values():
-        top = found.pop("top")
-        found["top1_agreement"] = statistics.mean(a == b for a, b in zip(top, truth, strict=True))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"numerics": numerics, "formats": rows}, indent=2) + "\n")
+        top = rows[name].pop("top")
+        rows[name]["top1_agreement"] = statistics.mean(a == b for a, b in zip(top, truth, strict=True))
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"numerics": numerics, "formats": rows}, indent=2) + "\n")
     print("\n".join(table(rows)))
 
 
@@ -49,7 +47,7 @@ def row(how: str, folder: Path, *numerics: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| format | MB | perplexity | same top token as bf16 | decode, tokens/s |", "|---|---|---|---|---|"]
     for name, r in rows.items():
-        agreement = f"{100 * r['top1_agreement']:.1f} %"
+        agreement = f"{100 * r.get('top1_agreement', 1):.1f} %"
         lines.append(f"| {name} | {r['bytes'] / 1e6:.1f} | {r['perplexity']:.3f} | {agreement} | {r['decode']:.1f} |")
     return lines
 

@@ -52,7 +52,9 @@ def tensors_of(folder):
 
 
 def same_bytes(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a.view(torch.uint8) == b.view(torch.uint8)).all())
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 def dequantized_model(folder):
@@ -201,3 +203,28 @@ def test_weight_bytes_counts_shared_storage_once(ragged):
     stored = sum(t.nbytes for t in tensors_of(ragged).values())
     rotary = 2 * 32 * 4  # inverse frequencies, which no checkpoint holds
     assert stored <= measure.weight_bytes(model) <= stored + rotary
+
+
+@pytest.mark.parametrize("fmt", ["fp8_row", "fp8_128x128_ue8m0", "mxfp8", "mxfp4", "nvfp4"])
+def test_every_format_that_quantize_writes_loads_and_saves_back(ragged, tmp_path, fmt):
+    quantize_checkpoint(ragged.parent / "bf16", tmp_path / "stored", fmt)
+    model = integration.load(tmp_path / "stored", dtype=torch.float32, numerics="weight_only")
+    layer = model.model.layers[0].mlp.up_proj
+    stored = open_checkpoint(tmp_path / "stored").load("model.layers.0.mlp.up_proj")
+    assert layer.format.name == fmt
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(layer(x), x @ reference.dequantize(stored).T, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+def test_a_device_map_places_layers_and_offloads_the_rest(ragged, tmp_path):
+    here = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    options = {"device_map": here | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+    with torch.no_grad():
+        want = integration.load(ragged)(IDS).logits
+        assert torch.equal(integration.load(ragged, **options)(IDS).logits, want)
+    with pytest.raises(CheckpointError, match="load without offload_buffers=True"):
+        integration.load(ragged, offload_buffers=True, **options)

@@ -223,7 +223,7 @@ def _empty(layer: StoredLayer, shape: tuple[int, ...]) -> BlockScaled:
     data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=fmt.element.dtype, device="meta")
     scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=scale_dtype, device="meta")
     level, static = (
-        torch.empty(*lead, dtype=torch.float32, device="meta") if name else None
+        torch.empty(lead, dtype=torch.float32, device="meta") if name else None
         for name in (parts.global_scale, parts.input_scale)
     )
     return BlockScaled(data, scale, fmt, shape=shape, global_scale=level, input_scale=static)
