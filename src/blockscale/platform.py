@@ -121,7 +121,8 @@ def detect(device: torch.device | str = "cpu") -> Platform:
         _require(torch.xpu.is_available(), device)
         arch = _xpu_arch(torch.xpu.get_device_properties(device).name)
         errors, ops = _installed_ops()
-        return Platform("xpu", arch, (*versions, *errors), tuple(ops))
+        verdict = ("scaled_mm", probe_scaled_mm(device))
+        return Platform("xpu", arch, (*versions, *errors, verdict), tuple(ops))
     return Platform(device.type, "", tuple(versions))
 
 
@@ -174,6 +175,35 @@ def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         for op in record["schemas"]:
             ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
     return errors, ops
+
+
+def probe_scaled_mm(device: torch.device) -> str:
+    """Whether torch multiplies FP8 of 1x128 by 128x128 blocks here, by doing it: "row" or "column" (how the scales
+    must lie), or "no: " and what happened. Sixteen rows, two blocks each way, every scale another power of two."""
+    functional, found = torch.nn.functional, "no: this torch has no scaled_mm"
+    if not hasattr(functional, "scaled_mm"):
+        return found
+    kinds = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 256, generator=generator).to(torch.float8_e4m3fn) for n in (16, 256))
+    a_scale = torch.exp2(torch.arange(32).reshape(16, 2) % 5 - 2.0)
+    b_scale = torch.exp2(torch.arange(4).reshape(2, 2) - 1.0)
+    x = a.float() * a_scale.repeat_interleave(128, 1)
+    w = b.float() * b_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    want, most = x @ w.T, x.abs() @ w.abs().T
+    for lie in ("row", "column"):
+        scales = [s.to(device) if lie == "row" else s.T.contiguous().to(device).T for s in (a_scale, b_scale)]
+        try:
+            got = functional.scaled_mm(
+                a.to(device), b.to(device).T, scales[0], kinds[0], scales[1], kinds[1], output_dtype=torch.bfloat16
+            )
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
+            found = f"no: {str(e).splitlines()[0][:120]}"
+            continue
+        if bool(((got.float().cpu() - want).abs() <= want.abs() * 2.0**-8 + most * 2.0**-14).all()):
+            return lie
+        found = "no: it ran and gave wrong numbers"
+    return found
 
 
 def schema_text(schema: Any) -> str:

@@ -1,6 +1,7 @@
 """The adapters, end to end, over CPU ops that behave like the package's; planted faults; schemas and their drift."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from blockscale.numerics import get_numerics
 from blockscale.platform import Platform, schema_text
 from blockscale.registry import Problem, explain, select
 
-_spec = importlib.util.spec_from_file_location("standin", Path(__file__).with_name("standin.py"))
-standin = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(standin)
+
+def beside(name):
+    """A module of this folder, once a process: ops can be registered only once."""
+    key = f"tests_kernels_xpu_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+standin = beside("standin")
 standin.install()
 
 BF16, F32 = torch.bfloat16, torch.float32

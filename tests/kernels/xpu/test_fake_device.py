@@ -6,6 +6,7 @@ tensors on the device that it was given.
 
 import ast
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,13 @@ from blockscale.tensor import BlockScaled
 
 
 def beside(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of this folder, once a process: ops can be registered only once."""
+    key = f"tests_kernels_xpu_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
 
 
 standin, fake_xpu = beside("standin"), beside("fake_xpu").fake_xpu

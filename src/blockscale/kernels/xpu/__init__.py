@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import grouped, multiply, quantize
+from . import grouped, multiply, quantize, scaled_mm
 
-KERNELS: list[Any] = [*quantize.KERNELS, *multiply.KERNELS, *grouped.KERNELS]
+KERNELS: list[Any] = [*quantize.KERNELS, *multiply.KERNELS, *grouped.KERNELS, *scaled_mm.KERNELS]
