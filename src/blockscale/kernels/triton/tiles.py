@@ -73,9 +73,7 @@ def load_operand(
 
 
 @triton.jit
-def fold_scale(
-    tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr
-):
+def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr):
     """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
