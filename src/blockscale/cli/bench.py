@@ -44,6 +44,7 @@ def command(
         _show(report)
 
 
+@torch.no_grad()
 def measure_model(
     checkpoint: Path,
     prompt_tokens: int,

@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
             _show(report)
 
 
+@torch.no_grad()
 def run(
     checkpoint: Path,
     prompt: str,
@@ -90,7 +91,6 @@ def integration() -> tuple[Any, Any]:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    torch.set_grad_enabled(False)
     return load, measure
 
 
