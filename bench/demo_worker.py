@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,8 @@ class Worker:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not meet the answers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     worker = Worker(*sys.argv[1:])
@@ -86,7 +89,7 @@ def main() -> None:
             answer = getattr(worker, line.strip())()
         except Exception as e:
             answer = {"error": f"{type(e).__name__}: {e}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

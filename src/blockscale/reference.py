@@ -190,13 +190,18 @@ def block_amax(blocks: Tensor) -> Tensor:
 def round_scale(amax: Tensor, fmt: Format, rounding: ScaleRounding) -> Tensor:
     """Scale of a block with this (floored) amax, fp32."""
     if rounding == "none":
-        return amax / fmt.max
+        return divide(amax, fmt.max)
     if rounding == "pow2_ceil":
-        mantissa, exponent = torch.frexp(amax / fmt.max)
+        mantissa, exponent = torch.frexp(divide(amax, fmt.max))
         exponent = exponent - (mantissa == 0.5).int()
     else:
         exponent = torch.frexp(amax)[1] - 1 - fmt.element.max_exponent
     return torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
+
+
+def divide(t: Tensor, by: float) -> Tensor:
+    """`t / by`, rounded as IEEE says. CUDA's `tensor / number` multiplies by 1 / number: other bytes."""
+    return t / torch.full_like(t, by)
 
 
 def store_scale(scale: Tensor, fmt: Format) -> Tensor:
@@ -245,12 +250,12 @@ def _quantize_nvfp4(x: Tensor, fmt: Format, scale: Tensor | None, global_scale: 
     blocks = to_blocks(x, fmt)
     amax = block_amax(blocks)
     if global_scale is None:
-        global_scale = amax.amax((-1, -2)) / (448.0 * fmt.max)
+        global_scale = divide(amax.amax((-1, -2)), 448.0 * fmt.max)
         global_scale = torch.where(global_scale > 0, global_scale, 1.0)
     global_scale = global_scale.float()
     level = global_scale.reshape(*global_scale.shape, 1, 1)
     if scale is None:
-        scale = (amax / fmt.max / level).clamp(max=448.0).to(torch.float8_e4m3fn)
+        scale = (divide(amax, fmt.max) / level).clamp(max=448.0).to(torch.float8_e4m3fn)
     else:
         scale = check_scale(scale, x, fmt)
     holds_nan = ~blocks.isfinite().all(-1).all(-2)
