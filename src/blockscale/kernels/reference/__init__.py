@@ -83,14 +83,7 @@ class RmsnormQuantize(_Reference):
 
 
 class DenseLinear(_Reference):
-    """torch's own linear.
-
-    accumulation_error: on CUDA torch lets cuBLAS add split-K partial sums of bf16 products in bf16, by default
-    (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`): one unit roundoff of bf16.
-    """
-
     name, op = "reference.dense_linear", "dense_linear"
-    accumulation_error = 2.0**-8
 
     def run(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias).to(problem.out_dtype)
