@@ -11,6 +11,7 @@ EXPECTED says, or when the compiler reports spills in a tile that ships. Exit st
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+import blockscale
 from blockscale.formats import get_format
 from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
@@ -252,19 +254,31 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def fingerprint() -> str:
+    """What the rows depend on: the kernels, their launchers and tiles, and this file."""
+    root = Path(blockscale.__file__).parent
+    files = sorted([*(root / "kernels" / "triton").glob("*.py"), root / "tuning.py", Path(__file__)])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--kernel", action="append", choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each compiled launch")
+    parser.add_argument("--resume", action="store_true", help="keep rows of --out that the same sources gave")
     chosen = parser.parse_args(argv)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    sources = fingerprint()
+    kept: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.resume and chosen.out.exists() else []
+    known = {(row["target"], row["kernel"]): row for row in kept if row.get("sources") == sources}
     rows, bad, compiler = [], 0, Compiler()
     for target in chosen.target or TARGETS:
         for kernel in chosen.kernel or CASES:
             if not compiler.process.is_alive():
                 compiler = Compiler()
-            row = compiler.row(target, kernel)
+            row = known.get((target, kernel)) or {**compiler.row(target, kernel), "sources": sources}
             wrong = faults(row)
             bad += bool(wrong)
             rows.append(row)
@@ -272,8 +286,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"{'; '.join(wrong) or 'ok'}", flush=True)  # fmt: skip
             for one in row.get("launches", []) if chosen.verbose else []:
                 print("        ", one, flush=True)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+            chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} rows, {bad} wrong -> {chosen.out}")
     return int(bad > 0)
 

@@ -91,18 +91,18 @@ def test_fnuz_is_for_one_chip_only():
 
 READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, w scale, span, compute
     ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native value value loop loop 128 float16"),
-    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx loop loop 128 float16"),
+    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx checked loop loop 128 float16"),
     ("rocm:gfx90a", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", "mxfp8", "mxfp8", "native value value loop loop 32 bfloat16"),
     ("cuda:sm_80", "mxfp8", "mxfp8", "codec ptx ptx fold fold 0 bfloat16"),
-    ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx loop loop 32 float16"),
+    ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx checked loop loop 32 float16"),
     ("cuda:sm_90", "fp8_1x128", "mxfp4", "codec value fp4 ptx loop fold 128 bfloat16"),
     ("rocm:gfx950", "nvfp4", "nvfp4", "codec fp4 fp4 fold fold 0 float16"),
     ("cuda:sm_90", "fp8_row", "fp8_row", "native value value end end 0 float16"),
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
     ("cuda:sm_75", None, "fp8_128x128", "weight_only cast fp8 none loop 128 float32"),
-    ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx loop loop 16 float16"),
+    ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx checked loop loop 16 float16"),
 ]  # fmt: skip
 
 

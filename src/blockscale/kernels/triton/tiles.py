@@ -21,7 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_fp4_ptx, decode_ptx, decode_scale, unpack_fp4
+from .codec import decode, decode_scale, unpack_fp4
+from .ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 
 
 @triton.jit
@@ -63,6 +64,8 @@ def load_operand(
         tile = raw.to(COMPUTE)
     elif KIND == "ptx":
         tile = decode_ptx(raw, COMPUTE)
+    elif KIND == "ptx checked":
+        tile = decode_ptx_checked(raw)
     elif KIND == "fp4 ptx":
         tile = decode_fp4_ptx(raw, COMPUTE)
     elif KIND == "fp4":
@@ -150,6 +153,8 @@ def accumulate(
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:
             part = tl.dot(x, tl.trans(w), input_precision="ieee")
+        if X_KIND == "ptx checked" or W_KIND == "ptx checked":
+            part = tl.fma(part, 0.0, part)  # infinity, which is a NaN code's product, becomes NaN
         if W_SCALE == "loop":
             raw = tl.load(sw_ptr + sw_row * sw_n + group_index(k0, W_GROUP) * sw_k)
             scale = decode_scale(raw, SW_KIND)
