@@ -41,19 +41,11 @@ NATIVE = {
     "gfx942": r"v_mfma_\w*fp8_fp8", "gfx950": r"v_mfma_\w*f8f6f4|v_mfma_\w*fp8_fp8", "gfx1201": r"v_wmma_\w*fp8_fp8",
 }  # fmt: skip
 TARGETS = (
-    "sm_75",
-    "sm_80",
-    "sm_86",
-    "sm_89",
-    "sm_90",
-    "sm_100",
-    "sm_120",
-    "gfx90a",
-    "gfx942",
-    "gfx950",
-    "gfx1100",
-    "gfx1201",
-)
+    "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
+)  # fmt: skip
+RECORD = Path(__file__).parents[1] / "docs" / "aot.json"
+"""The rows that docs/platforms.md shows."""
+SHOWN = ("target", "kernel", "compiled", "seconds", "native_instruction", "spills")
 EXPECTED = {"gemm_w8a8", "grouped"}
 """Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
 
@@ -89,10 +81,15 @@ def grouped_case(p: Platform) -> None:
     from blockscale.kernels.triton import grouped
 
     x, offsets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
-    for name, numerics in (("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only")):
+    kinds = [("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only"), ("nvfp4", "checkpoint")]
+    for name, numerics in kinds:
         w = weight(name, 4096, 2048, p, experts=8)
         for m in (16, 4096):
             grouped.grouped_linear(x[:m], w, offsets, get_numerics(numerics), torch.bfloat16, p)
+        if name == "fp8_128x128":
+            for rows, where in (("masked", offsets), ("pairs", offsets.view(4, 2))):
+                few = x[: 64 if rows == "masked" else 4]
+                grouped.grouped_linear(few, w, where, get_numerics(numerics), torch.bfloat16, p, rows=rows)
 
 
 CASES: dict[str, Callable[[Platform], None]] = {
@@ -268,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each compiled launch")
     parser.add_argument("--resume", action="store_true", help="keep rows of --out that the same sources gave")
+    parser.add_argument("--record", action="store_true", help="write the complete table to docs/aot.json; else compare")
     chosen = parser.parse_args(argv)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     sources = fingerprint()
@@ -287,8 +285,23 @@ def main(argv: list[str] | None = None) -> int:
             for one in row.get("launches", []) if chosen.verbose else []:
                 print("        ", one, flush=True)
             chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows)} rows, {bad} wrong -> {chosen.out}")
-    return int(bad > 0)
+    print(f"{len(rows)} rows, {bad} wrong, {sum(r['seconds'] for r in rows):.0f} s of processor -> {chosen.out}")
+    if chosen.record and not bad and len(rows) == len(TARGETS) * len(CASES):
+        RECORD.write_text("[\n" + ",\n".join(json.dumps({k: row[k] for k in SHOWN}) for row in rows) + "\n]\n")
+    different = [] if chosen.record else differences(rows, json.loads(RECORD.read_text()))
+    print("\n".join(different), end="")
+    return int(bad > 0 or bool(different))
+
+
+def differences(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
+    """What the documentation says otherwise, seconds apart."""
+    shown = {(r["target"], r["kernel"]): {**r, "seconds": 0} for r in recorded}
+    new = [{**{k: row[k] for k in SHOWN}, "seconds": 0} for row in rows]
+    return [
+        f"docs/aot.json: {row['target']} {row['kernel']} is not what was compiled now: run bench/aot.py --record\n"
+        for row in new
+        if shown.get((row["target"], row["kernel"])) != row
+    ]
 
 
 if __name__ == "__main__":

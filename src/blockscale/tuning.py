@@ -137,7 +137,9 @@ def gemm_tile(
         return _small(path, m, n, k, span, platform)
     name = family(platform)
     key, (bm, bn, bk, warps, stages) = _find(_LARGE, name, path)
-    tile = GemmTile(bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path in ("tma", "tma16") else 0)
+    tile = GemmTile(
+        bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path in ("tma", "tma16") else 0
+    )
     if path == "tma" and k <= 2048:  # short sums: a third program hides more of the beginnings and ends
         tile = replace(tile, stages=3, programs=3, registers=168, entry=tile.entry + ", K <= 2048")
     if m <= 128 and not invariant:  # half the rows: twice the programs

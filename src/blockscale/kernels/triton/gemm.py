@@ -94,9 +94,10 @@ def matmul(
         if tma:
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
             kernels.tma_kernel[(programs, tile.split)](
-                _blocks(x_data, tile.bm // tile.halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw, part, tickets, m, n, k,
-                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
-                HALVES=tile.halves, PERSISTENT=tile.programs > 0 and tile.split == 1, maxnreg=tile.registers or None, **common,
+                _blocks(x_data, tile.bm // tile.halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
+                part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
+                HALVES=tile.halves, PERSISTENT=tile.programs > 0 and tile.split == 1,
+                maxnreg=tile.registers or None, **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)

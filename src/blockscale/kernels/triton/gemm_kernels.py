@@ -6,7 +6,7 @@ their number. Tickets count the arrivals; they must be zero before and are zero 
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
+
 from __future__ import annotations
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .codec import decode, decode_scale
 from .ptx import wait_for_grid
-from .tiles import accumulate, end_scales, group_index, tile_of
+from .tiles import accumulate, count_steps, end_scales, scale_rows, tile_of
 
 
 @triton.jit
@@ -127,14 +127,8 @@ def gemm_kernel(
     rn = pn * BN + tl.arange(0, BN)
     x_row = tl.minimum(rm, M - 1).to(tl.int64)
     w_row = tl.minimum(rn, N - 1).to(tl.int64)
-    if W_ROWS == 0 or (W_ROWS % BN == 0 and W_SCALE != "fold"):
-        sw_row = group_index(pn * BN, W_ROWS)
-    else:
-        sw_row = group_index(w_row, W_ROWS)
-    if SPAN == 0 or SPAN % BK == 0:
-        steps = tl.cdiv(K, BK)
-    else:
-        steps = tl.cdiv(K, SPAN) * ((SPAN + BK - 1) // BK)
+    sw_row = scale_rows(w_row, pn * BN, BN, W_ROWS, W_SCALE)
+    steps = count_steps(K, SPAN, BK)
     acc = accumulate(
         x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_ptr, w_row, w_stride, sw_ptr, sw_row, sw_n, sw_k,
         K, piece * steps // SPLIT, (piece + 1) * steps // SPLIT, X_KIND, W_KIND, X_SCALE, W_SCALE, SX_KIND, SW_KIND,

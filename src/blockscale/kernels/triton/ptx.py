@@ -6,7 +6,7 @@ many instructions.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
+
 from __future__ import annotations
 
 import triton
@@ -80,10 +80,10 @@ def decode_ptx_checked(byte):
 def decode_ptx(byte, DTYPE: tl.constexpr):
     """E4M3FN bytes -> fp16 holding value * 2^-8, or bf16 holding the value; NaN codes become NaN. NVIDIA only.
 
-    A product that overflows for the NaN code (480) and not for 448, times zero, is NaN or nothing to add: that part runs
-    beside the integer pipe, which is the one in demand.
+    A product that overflows for the NaN code (480) and not for 448, times zero, is NaN or nothing to add: that part
+    runs beside the integer pipe, which is the one in demand.
     """
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         value = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d, over, zero;
@@ -107,7 +107,7 @@ def decode_ptx(byte, DTYPE: tl.constexpr):
             pack=4,
         )
     else:
-        tl.static_assert(DTYPE == tl.bfloat16, "decode_ptx to fp16 or bf16")
+        tl.static_assert(tl.bfloat16 == DTYPE, "decode_ptx to fp16 or bf16")
         value = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d, bias, over, zero, none;
@@ -140,7 +140,7 @@ def decode_ptx(byte, DTYPE: tl.constexpr):
 @triton.jit
 def decode_fp4_ptx(byte, DTYPE: tl.constexpr):
     """`[rows, n]` bytes of two E2M1 codes -> `[rows, 2 n]`: fp16 of value * 2^-14, or bf16 of the value; NVIDIA."""
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d;
@@ -174,7 +174,7 @@ def decode_fp4_ptx(byte, DTYPE: tl.constexpr):
             pack=4,
         )
     else:
-        tl.static_assert(DTYPE == tl.bfloat16, "decode_fp4_ptx to fp16 or bf16")
+        tl.static_assert(tl.bfloat16 == DTYPE, "decode_fp4_ptx to fp16 or bf16")
         low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d, bias, none;

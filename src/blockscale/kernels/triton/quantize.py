@@ -44,9 +44,10 @@ def quantize(
 ) -> BlockScaled:
     """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
 
-    scale: a given grid makes it static. level: NVFP4's global scale, if known. tickets: int32 that is zeroed on the
-    way, for a split-K multiplication that follows. values: hold codes as values of this 16- or 32-bit dtype instead
-    of bytes, for the multiplication that follows and nobody else. The last two: formats that `is_grouped` only.
+    scale: a given grid makes it static. level: NVFP4's global scale, if known: a number, or one for each row.
+    tickets: int32 that is zeroed on the way, for a split-K multiplication that follows. values: hold codes as values
+    of this 16- or 32-bit dtype instead of bytes, for the multiplication that follows and nobody else. The last two:
+    formats that `is_grouped` only.
     """
     x = _rows_dense(x)
     rows, cols = x.shape
@@ -173,10 +174,10 @@ def _groups(
         across, down = -(-padded_groups // tile.groups), -(-padded_rows // tile.rows)
         few = down <= 64
         kernels.group_kernel[(across, down) if few else (across * down,)](
-            x, _codes(data, how), _bytes(scales), level, weight, rows, cols, -(-cols // group), x.stride(0),
-            data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
-            tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
-            WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4,
+            x, _codes(data, how), _bytes(scales), level, int(level is not None and level.dim() > 0), weight, rows, cols,
+            -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
+            0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
+            SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4,
             EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows,
             G=tile.groups, C=_pow2(group), num_warps=tile.warps, **capability.launch_options(platform),
         )  # fmt: skip

@@ -20,6 +20,7 @@ def group_kernel(
     q_ptr,
     s_ptr,
     level_ptr,
+    level_row,
     weight_ptr,
     rows,
     cols,
@@ -93,7 +94,7 @@ def group_kernel(
         x = tl.where(mask, x, 0.0)
     quantize_groups(
         x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, level_ptr,
-        GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+        level_row, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
     )  # fmt: skip
 
 
@@ -163,5 +164,5 @@ def rmsnorm_kernel(
         x = (x * inverse * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         quantize_groups(
             x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, s_ptr,
-            GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+            0, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
         )  # fmt: skip

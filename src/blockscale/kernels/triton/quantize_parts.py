@@ -13,7 +13,7 @@ PACK4: scale bytes of four groups share a word ("ue8m0x4").
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM102, SIM108 (branches on constexprs are chosen when a kernel is compiled)
+# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
@@ -33,9 +33,9 @@ def finite_or_nan(x):
 def divide(x, scale, DIVIDE: tl.constexpr):
     """`x / scale`, correctly rounded, of tensors of one shape.
 
-    All but "ieee" is Markstein's correction of x * (1 / scale): exact as long as nothing underflows, and with scales above
-    2^-80 (`quantize.py` checks the floor) only quotients far below the smallest code do. Signs are arranged so that
-    -0 stays -0.
+    All but "ieee" is Markstein's correction of x * (1 / scale): exact as long as nothing underflows, and with scales
+    above 2^-80 (`quantize.py` checks the floor) only quotients far below the smallest code do. Signs are arranged so
+    that -0 stays -0.
     """
     if DIVIDE == "ieee":
         quotient = tl.div_rn(x, scale)
@@ -138,6 +138,7 @@ def quantize_groups(
     padded_groups,
     floor,
     level_ptr,
+    level_row,
     GROUP: tl.constexpr,
     ELEMENT: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -149,13 +150,16 @@ def quantize_groups(
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside."""
+    """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside.
+
+    level: second-level scales, level_row apart from row to row (0: one for all).
+    """
     x = finite_or_nan(x)
     amax = tl.max(tl.abs(x), axis=2)  # max passes over NaN
     if ELEMENT == "fp4":
         whole = tl.min((x == x).to(tl.int32), axis=2) != 0  # FP4 has no NaN: the block's scale says it
     if SCALE_KIND == "e4m3":
-        level = tl.load(level_ptr)
+        level = tl.load(level_ptr + r * level_row, mask=r < rows, other=1.0)[:, None]
         ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, LIMIT), level), 448.0)
         stored = tl.where(whole, encode(ratio, "fp8"), 0x7F).to(tl.uint8)
         step = decode(stored, "fp8", tl.float32) * level

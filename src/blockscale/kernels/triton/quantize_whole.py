@@ -4,7 +4,7 @@ Constexprs that recur are explained in `quantize_parts`.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM102, SIM108 (branches on constexprs are chosen when a kernel is compiled)
+# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton

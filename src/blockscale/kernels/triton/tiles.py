@@ -5,7 +5,8 @@ Constexprs that recur:
 X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
 multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
 "fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx" and "fp4 ptx": E4M3FN and E2M1 bytes
-decoded four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end.
+decoded four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end; "ptx checked":
+E4M3FN to fp16 by fewer instructions, where an infinite product can only come of a NaN code.
 X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
 matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
@@ -15,7 +16,7 @@ SWAP: weight rows take the M side of the matrix instruction, for few tokens on c
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-
+# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
@@ -92,6 +93,26 @@ def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP:
 def group_index(index, GROUP: tl.constexpr):
     """index // GROUP, where 0 means that one group holds everything."""
     return index * 0 if GROUP == 0 else index // GROUP
+
+
+@triton.jit
+def scale_rows(w_row, first, BN: tl.constexpr, W_ROWS: tl.constexpr, W_SCALE: tl.constexpr):
+    """Rows of the weight's scale grid for a tile from row `first`: a scalar where one serves all of it."""
+    if W_ROWS == 0 or (W_ROWS % BN == 0 and W_SCALE != "fold"):
+        row = group_index(first, W_ROWS)
+    else:
+        row = group_index(w_row, W_ROWS)
+    return row
+
+
+@triton.jit
+def count_steps(K, SPAN: tl.constexpr, BK: tl.constexpr):
+    """Steps over K, none of which crosses a span."""
+    if SPAN == 0 or SPAN % BK == 0:
+        steps = tl.cdiv(K, BK)
+    else:
+        steps = tl.cdiv(K, SPAN) * ((SPAN + BK - 1) // BK)
+    return steps
 
 
 @triton.jit
