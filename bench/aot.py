@@ -43,8 +43,7 @@ NATIVE = {
 TARGETS = (
     "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
 )  # fmt: skip
-RECORD = Path(__file__).parents[1] / "docs" / "aot.json"
-"""The rows that docs/platforms.md shows."""
+RECORD = Path(__file__).parents[1] / "docs" / "aot.json"  # what docs/platforms.md shows
 SHOWN = ("target", "kernel", "compiled", "seconds", "native_instruction", "spills")
 EXPECTED = {"gemm_w8a8", "grouped"}
 """Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
@@ -192,8 +191,7 @@ def compile_case(target: str, kernel: str) -> dict[str, Any]:
 
 def _processor_seconds() -> float:
     """Spent by this process and the assemblers that it ran: other work on the machine does not count."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return sum(os.times()[:4])
 
 
 class Compiler:
@@ -225,11 +223,9 @@ class Compiler:
 def _serve(pipe: Any) -> None:
     while True:
         try:
-            target, kernel = pipe.recv()
+            pipe.send(compile_case(*pipe.recv()))
         except EOFError:
             return
-        try:
-            pipe.send(compile_case(target, kernel))
         except Exception as e:
             pipe.send({"error": f"{type(e).__name__}: {str(e).strip()[-400:]}"})
 
@@ -254,7 +250,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 def fingerprint() -> str:
     """What the rows depend on: the kernels, their launchers and tiles, and this file."""
     root = Path(blockscale.__file__).parent
-    files = sorted([*(root / "kernels" / "triton").glob("*.py"), root / "tuning.py", Path(__file__)])
+    files = [*sorted((root / "kernels" / "triton").glob("*.py")), root / "tuning.py", Path(__file__)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
@@ -289,19 +285,15 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.record and not bad and len(rows) == len(TARGETS) * len(CASES):
         RECORD.write_text("[\n" + ",\n".join(json.dumps({k: row[k] for k in SHOWN}) for row in rows) + "\n]\n")
     different = [] if chosen.record else differences(rows, json.loads(RECORD.read_text()))
-    print("\n".join(different), end="")
+    print(*different, sep="\n")
     return int(bad > 0 or bool(different))
 
 
 def differences(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
     """What the documentation says otherwise, seconds apart."""
-    shown = {(r["target"], r["kernel"]): {**r, "seconds": 0} for r in recorded}
-    new = [{**{k: row[k] for k in SHOWN}, "seconds": 0} for row in rows]
-    return [
-        f"docs/aot.json: {row['target']} {row['kernel']} is not what was compiled now: run bench/aot.py --record\n"
-        for row in new
-        if shown.get((row["target"], row["kernel"])) != row
-    ]
+    known, new = ([{**{k: row[k] for k in SHOWN}, "seconds": 0} for row in some] for some in (recorded, rows))
+    text = "docs/aot.json: {target} {kernel} is not what was compiled now: run bench/aot.py --record"
+    return [text.format(**row) for row in new if row not in known]
 
 
 if __name__ == "__main__":

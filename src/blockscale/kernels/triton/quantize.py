@@ -177,9 +177,10 @@ def _groups(
             x, _codes(data, how), _bytes(scales), level, int(level is not None and level.dim() > 0), weight, rows, cols,
             -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
             0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
-            SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4,
-            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows,
-            G=tile.groups, C=_pow2(group), num_warps=tile.warps, **capability.launch_options(platform),
+            SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
+            DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
+            TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows, G=tile.groups, C=_pow2(group),
+            num_warps=tile.warps, **capability.launch_options(platform),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 
