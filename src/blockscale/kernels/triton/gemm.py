@@ -88,7 +88,7 @@ def matmul(
     common: dict[str, Any] = {
         "BIAS": bias is not None, "BM": tile.bm, "BN": tile.bn, "SPLIT": tile.split, "SWAP": tile.swap,
         "BK": tile.bk, "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
-        **capability.multiply_options(platform), **capability.launch_options(platform),
+        **capability.multiply_options(platform),
     }  # fmt: skip
     with on_device(y):
         if tma:

@@ -180,7 +180,7 @@ def _groups(
             SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
             DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
             TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows, G=tile.groups, C=_pow2(group),
-            num_warps=tile.warps, **capability.launch_options(platform),
+            num_warps=tile.warps,
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ptx import wait_for_grid
 from .quantize_parts import inside, quantize_groups
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level_row", "rows", "groups", "padded_rows", "padded_groups", "tickets"])
 def group_kernel(
     x_ptr,
     q_ptr,
@@ -50,7 +49,6 @@ def group_kernel(
     EVEN: tl.constexpr,
     TICKETS: tl.constexpr,
     FEW: tl.constexpr,
-    PDL: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -61,7 +59,6 @@ def group_kernel(
     which saves a division (and holds 65535 of them). TICKETS: zero the tickets that the
     split-K multiplication after this kernel counts with, which saves it a launch of its own.
     """
-    wait_for_grid(PDL)
     if FEW:
         row_tile = tl.program_id(1)
         column_tile = tl.program_id(0)
@@ -98,7 +95,7 @@ def group_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "padded_rows", "padded_groups"])
 def rmsnorm_kernel(
     x_ptr,
     q_ptr,
