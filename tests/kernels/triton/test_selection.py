@@ -82,6 +82,17 @@ def test_refusals_say_why(chip, asked, reason):
     assert reason in decisions["triton.block"]
 
 
+@pytest.mark.parametrize(("name", "op"), [("nvfp4", "linear"), ("fp8_tensor", "linear"), ("nvfp4", "grouped_linear")])
+def test_invariant_kernels_refuse_scales_of_a_whole_batch(name, op):
+    p = Platform.parse("cuda:sm_90+triton=3.6")
+    reason = f"activations in {name}: their scale depends on the batch"
+    for static, want in ((False, True), (True, False)):
+        asked = problem(op, name, groups=0 if op == "linear" else 4, static=static)
+        decisions = {d.kernel.name: d.reasons for d in explain(asked, p, repack=False)}
+        assert (reason in decisions["triton.invariant"]) == want
+        assert decisions["triton.block"] == ()
+
+
 def test_fnuz_is_for_one_chip_only():
     decisions = {d.kernel.name: d.reasons for d in explain(problem(), Platform.parse("cuda:sm_90+triton=3.6"))}
     assert decisions["triton.fnuz"] == (
