@@ -74,6 +74,7 @@ def matmul(
     tma = _takes_tma(x, w, how, platform)
     if tile is None:
         tile = gemm_tile("tma" if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
+    tile = how.widened(tile)
     x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
