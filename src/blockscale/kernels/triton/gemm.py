@@ -6,6 +6,7 @@ captured graph: as long as the graph), so replays and streams cannot meet in the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,11 +75,11 @@ def matmul(
     tma = _takes_tma(x, w, how, platform)
     if tile is None:
         tile = gemm_tile("tma" if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
-    tile = how.widened(tile)
     x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((m, n), dtype=out_dtype)
+    tile = replace(tile, bk=max(tile.bk, how.folded))
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
     if tile.split > 1:

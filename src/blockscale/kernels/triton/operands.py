@@ -14,7 +14,7 @@ from ...formats import Format
 from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
-from ...tuning import GemmPath, GemmTile
+from ...tuning import GemmPath
 from . import capability
 from .capability import is_grouped, without_fp8
 from .gemm_kernels import decode_kernel
@@ -36,11 +36,11 @@ class Reading:
         """Elements of K that share scales; 0: all."""
         return int(self.constants["SPAN"])
 
-    def widened(self, tile: GemmTile) -> GemmTile:
-        """The tile with a K step that holds whole groups of folded scales: half a group has no scale of its own."""
+    @property
+    def folded(self) -> int:
+        """Widest group whose scales are folded into an operand, which a K step must hold whole; 0: none."""
         c = self.constants
-        folded = [int(c[f"{side}_GROUP"]) for side in "XW" if c[f"{side}_SCALE"] == "fold"]
-        return replace(tile, bk=max(tile.bk, *folded)) if folded else tile
+        return max(int(c[f"{side}_GROUP"]) if c[f"{side}_SCALE"] == "fold" else 0 for side in "XW")
 
 
 def quantize_activations(
