@@ -11,6 +11,7 @@ EXPECTED says, or when the compiler reports spills in a tile that ships. Exit st
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+import blockscale
 from blockscale.formats import get_format
 from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
@@ -39,19 +41,10 @@ NATIVE = {
     "gfx942": r"v_mfma_\w*fp8_fp8", "gfx950": r"v_mfma_\w*f8f6f4|v_mfma_\w*fp8_fp8", "gfx1201": r"v_wmma_\w*fp8_fp8",
 }  # fmt: skip
 TARGETS = (
-    "sm_75",
-    "sm_80",
-    "sm_86",
-    "sm_89",
-    "sm_90",
-    "sm_100",
-    "sm_120",
-    "gfx90a",
-    "gfx942",
-    "gfx950",
-    "gfx1100",
-    "gfx1201",
-)
+    "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
+)  # fmt: skip
+RECORD = Path(__file__).parents[1] / "docs" / "aot.json"  # what docs/platforms.md shows
+SHOWN = ("target", "kernel", "compiled", "seconds", "native_instruction", "spills")
 EXPECTED = {"gemm_w8a8", "grouped"}
 """Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
 
@@ -87,10 +80,15 @@ def grouped_case(p: Platform) -> None:
     from blockscale.kernels.triton import grouped
 
     x, offsets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
-    for name, numerics in (("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only")):
+    kinds = [("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only"), ("nvfp4", "checkpoint")]
+    for name, numerics in kinds:
         w = weight(name, 4096, 2048, p, experts=8)
         for m in (16, 4096):
             grouped.grouped_linear(x[:m], w, offsets, get_numerics(numerics), torch.bfloat16, p)
+        if name == "fp8_128x128":
+            for rows, where in (("masked", offsets), ("pairs", offsets.view(4, 2))):
+                few = x[: 64 if rows == "masked" else 4]
+                grouped.grouped_linear(few, w, where, get_numerics(numerics), torch.bfloat16, p, rows=rows)
 
 
 CASES: dict[str, Callable[[Platform], None]] = {
@@ -193,8 +191,7 @@ def compile_case(target: str, kernel: str) -> dict[str, Any]:
 
 def _processor_seconds() -> float:
     """Spent by this process and the assemblers that it ran: other work on the machine does not count."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return sum(os.times()[:4])
 
 
 class Compiler:
@@ -226,11 +223,9 @@ class Compiler:
 def _serve(pipe: Any) -> None:
     while True:
         try:
-            target, kernel = pipe.recv()
+            pipe.send(compile_case(*pipe.recv()))
         except EOFError:
             return
-        try:
-            pipe.send(compile_case(target, kernel))
         except Exception as e:
             pipe.send({"error": f"{type(e).__name__}: {str(e).strip()[-400:]}"})
 
@@ -252,19 +247,32 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def fingerprint() -> str:
+    """What the rows depend on: the kernels, their launchers and tiles, and this file."""
+    root = Path(blockscale.__file__).parent
+    files = [*sorted((root / "kernels" / "triton").glob("*.py")), root / "tuning.py", Path(__file__)]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--kernel", action="append", choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
     parser.add_argument("-v", "--verbose", action="store_true", help="one line for each compiled launch")
+    parser.add_argument("--resume", action="store_true", help="keep rows of --out that the same sources gave")
+    parser.add_argument("--record", action="store_true", help="write the complete table to docs/aot.json; else compare")
     chosen = parser.parse_args(argv)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    sources = fingerprint()
+    kept: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.resume and chosen.out.exists() else []
+    known = {(row["target"], row["kernel"]): row for row in kept if row.get("sources") == sources}
     rows, bad, compiler = [], 0, Compiler()
     for target in chosen.target or TARGETS:
         for kernel in chosen.kernel or CASES:
             if not compiler.process.is_alive():
                 compiler = Compiler()
-            row = compiler.row(target, kernel)
+            row = known.get((target, kernel)) or {**compiler.row(target, kernel), "sources": sources}
             wrong = faults(row)
             bad += bool(wrong)
             rows.append(row)
@@ -272,10 +280,20 @@ def main(argv: list[str] | None = None) -> int:
                   f"{'; '.join(wrong) or 'ok'}", flush=True)  # fmt: skip
             for one in row.get("launches", []) if chosen.verbose else []:
                 print("        ", one, flush=True)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows)} rows, {bad} wrong -> {chosen.out}")
-    return int(bad > 0)
+            chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(rows)} rows, {bad} wrong, {sum(r['seconds'] for r in rows):.0f} s of processor -> {chosen.out}")
+    if chosen.record and not bad and len(rows) == len(TARGETS) * len(CASES):
+        RECORD.write_text("[\n" + ",\n".join(json.dumps({k: row[k] for k in SHOWN}) for row in rows) + "\n]\n")
+    different = [] if chosen.record else differences(rows, json.loads(RECORD.read_text()))
+    print(*different, sep="\n")
+    return int(bad > 0 or bool(different))
+
+
+def differences(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
+    """What the documentation says otherwise, seconds apart."""
+    known, new = ([{**{k: row[k] for k in SHOWN}, "seconds": 0} for row in some] for some in (recorded, rows))
+    text = "docs/aot.json: {target} {kernel} is not what was compiled now: run bench/aot.py --record"
+    return [text.format(**row) for row in new if row not in known]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from blockscale import conformance, layouts, reference
 from blockscale.formats import get_format
 from blockscale.kernels.triton import capability, gemm, grouped
 from blockscale.kernels.triton import quantize as q
-from blockscale.kernels.triton.codec import decode, decode_fp4_ptx, decode_ptx, encode
+from blockscale.kernels.triton.codec import decode, encode
+from blockscale.kernels.triton.ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 from blockscale.numerics import get_numerics
 from blockscale.platform import detect
 from blockscale.registry import explain
@@ -45,6 +46,8 @@ def decode_kernel(x_ptr, y_ptr, ELEMENT: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     if ELEMENT == "ptx":
         tl.store(y_ptr + at, decode_ptx(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+    elif ELEMENT == "ptx checked":
+        tl.store(y_ptr + at, decode_ptx_checked(tl.load(x_ptr + at)))
     elif ELEMENT == "fp4 ptx":
         pairs = tl.arange(0, 2)[:, None] * N + tl.arange(0, N)[None, :]
         half = tl.arange(0, 2)[:, None] * (N // 2) + tl.arange(0, N // 2)[None, :]
@@ -90,6 +93,11 @@ def check_ptx() -> Iterator[str]:
         bad = (got.float().cpu() * lift).nan_to_num(1e9) != want.nan_to_num(1e9)
         if bad.any():
             yield f"{dtype}: {bad.nonzero().flatten().tolist()[:8]} decode to {got.float().cpu()[bad][:8].tolist()}"
+        if dtype == torch.float16:
+            decode_kernel[(1,)](codes.cuda(), got, ELEMENT="ptx checked", N=256)
+            times, is_nan = got.float().cpu(), want.isnan()
+            if not torch.equal(times[~is_nan], want[~is_nan] * 144) or not times[is_nan].isinf().all():
+                yield "checked: not 144 times the value, or a NaN code that is not infinite"
         got = torch.empty(512, dtype=dtype, device="cuda")
         decode_kernel[(1,)](codes.cuda(), got, ELEMENT="fp4 ptx", N=256)
         lift = 2.0**14 if dtype == torch.float16 else 1.0

@@ -11,7 +11,7 @@ FLOOR = {
     "formats": 1, "platform": 1, "observe": 1,
     "tensor": 2, "numerics": 2, "policy": 3,
     "layouts": 3, "reference": 4,
-    "registry": 5, "tuning": 5,
+    "registry": 5, "tuning": 5, "routed": 5,
     "kernels": 6,
     "library": 7, "gradients": 8, "ops": 9,
     "nn": 10, "checkpoint": 10,

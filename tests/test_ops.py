@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import blockscale
-from blockscale import DtypeError, NoKernelError, ShapeError, UnknownNameError, reference
+from blockscale import BlockscaleError, DtypeError, NoKernelError, ShapeError, UnknownNameError, reference
 
 
 @pytest.fixture
@@ -68,6 +68,47 @@ def test_grouped_linear():
     y = blockscale.grouped_linear(x, w, torch.tensor([2, 2, 5], dtype=torch.int32))
     torch.testing.assert_close(y[:2], blockscale.linear(x[:2], w[0]))
     torch.testing.assert_close(y[2:], blockscale.linear(x[2:], w[2]))
+
+
+@pytest.mark.parametrize("name", ["fp8_128x128", "mxfp4", "nvfp4"])
+def test_masked_and_gathered_linear_are_grouped_linear_over_rows_in_another_order(name):
+    w = blockscale.quantize(torch.randn(3, 64, 128), name)
+    x, counts = torch.randn(3, 4, 128), torch.tensor([1, 4, 0], dtype=torch.int32)
+    y = blockscale.masked_linear(x, w, counts)
+    sorted_rows = torch.cat([x[0, :1], x[1]])
+    want = blockscale.grouped_linear(sorted_rows, w, torch.tensor([1, 5, 5], dtype=torch.int32))
+    torch.testing.assert_close(torch.cat([y[0, :1], y[1]]), want)
+    assert (y[0, 1:] == 0).all()
+    assert (y[2] == 0).all()
+    ids = torch.tensor([[2, 0], [0, -1], [3, 1]], dtype=torch.int32)
+    y = blockscale.gathered_linear(x[0, :3], w, ids)
+    rows = x[0][[0, 1, 2, 0]]
+    want = blockscale.grouped_linear(rows, w, torch.tensor([2, 3, 4], dtype=torch.int32))
+    torch.testing.assert_close(torch.stack([y[0, 1], y[1, 0], y[2, 1], y[0, 0]]), want)
+    assert (y[1, 1] == 0).all()
+    assert (y[2, 0] == 0).all()
+
+
+def test_masked_and_gathered_linear_refuse_what_does_not_fit():
+    w = blockscale.quantize(torch.randn(3, 64, 128), "fp8_128x128")
+    with pytest.raises(ShapeError, match=r"masked_linear: needs .* got \[2, 4, 128\], \[3, 64, 128\] and \[3\]"):
+        blockscale.masked_linear(torch.randn(2, 4, 128), w, torch.ones(3, dtype=torch.int32))
+    with pytest.raises(ShapeError, match=r"gathered_linear: needs .* got \[4, 128\], \[3, 64, 128\] and \[3, 2\]"):
+        blockscale.gathered_linear(torch.randn(4, 128), w, torch.ones(3, 2, dtype=torch.int32))
+    with pytest.raises(BlockscaleError, match="gathered_linear has no gradient"):
+        blockscale.gathered_linear(torch.randn(4, 128, requires_grad=True), w, torch.ones(4, 2, dtype=torch.int32))
+
+
+def test_masked_and_gathered_linear_compile_to_one_op_each():
+    w = blockscale.quantize(torch.randn(3, 64, 128), "fp8_128x128")
+    counts, ids = torch.tensor([1, 4, 0], dtype=torch.int32), torch.tensor([[2, 0], [0, -1]], dtype=torch.int32)
+
+    def both(x):
+        return blockscale.masked_linear(x, w, counts), blockscale.gathered_linear(x[0, :2], w, ids)
+
+    x = torch.randn(3, 4, 128)
+    for got, want in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_swiglu_quantize_and_rmsnorm_quantize():

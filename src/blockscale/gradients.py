@@ -29,6 +29,12 @@ def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     return cast(Tensor, OPS.grouped_linear(x, *args))
 
 
+def refuse(op: str, x: Tensor) -> None:
+    """Raises BlockscaleError where a gradient of an op that has none is asked for."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise BlockscaleError(f"{op} has no gradient: need x without requires_grad, or grouped_linear over sorted rows")
+
+
 def _refuse_weight_gradient(ctx: Any) -> None:
     if any(ctx.needs_input_grad[1:5]):
         raise BlockscaleError(

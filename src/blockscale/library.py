@@ -10,7 +10,7 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ _RESULT = "str format, str layout, str scale_rounding, float floor, str kernel) 
 _SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor offsets, {_HOW}) -> Tensor",
+    "masked_linear": f"(Tensor x, {_WEIGHT}, Tensor counts, {_HOW}) -> Tensor",
+    "gathered_linear": f"(Tensor x, {_WEIGHT}, Tensor ids, {_HOW}) -> Tensor",
     "linear_input_grad": f"(Tensor grad, {_WEIGHT}, Tensor? offsets, {_HOW}) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "quantize": f"(Tensor x, Tensor? scale, {_RESULT}",
@@ -98,21 +100,33 @@ def _linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
-def _grouped_linear(
+def _experts(
+    op: str, rows: int, shape: tuple[int, ...],
     x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
-    offsets: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+    where: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    experts, static = offsets.shape[0], input_scale is not None
-    problem, plan, fmt = _bind_weight(
-        "grouped_linear", x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel
-    )
-    if x.shape[0] == 0:
-        return x.new_empty(0, n)
+    """rows: of the result, `shape` without N; `where` says which expert has which."""
+    experts, static = scale.shape[0], input_scale is not None
+    problem, plan, fmt = _bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
+    if rows == 0:
+        return x.new_empty(*shape, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    chosen = plan.pick(x.shape[0])
+    chosen = plan.pick(rows)
     calls[chosen.name] += 1
-    with span("grouped_linear", x.shape[0], n, k, chosen.name):
-        return cast(Tensor, chosen.run(problem, x, w, offsets))
+    with span(op, rows, n, k, chosen.name):
+        return cast(Tensor, chosen.run(problem, x, w, where))
+
+
+def _grouped_linear(x: Tensor, *args: Any) -> Tensor:
+    return _experts("grouped_linear", x.shape[0], x.shape[:1], x, *args)
+
+
+def _masked_linear(x: Tensor, *args: Any) -> Tensor:
+    return _experts("masked_linear", x.shape[0] * x.shape[1], x.shape[:2], x, *args)
+
+
+def _gathered_linear(x: Tensor, *args: Any) -> Tensor:
+    return _experts("gathered_linear", args[4].numel(), args[4].shape, x, *args)
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
@@ -203,6 +217,10 @@ def _fake_linear(x: Tensor, *args: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], cast(int, n))
 
 
+def _fake_gathered(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*args[4].shape, args[5])
+
+
 def _fake_input_grad(grad: Tensor, *args: object) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], cast(int, args[6]))
 
@@ -243,6 +261,8 @@ def _fake_parts(x: Tensor, cols: int, format: str, layout: str) -> Parts:
 for _name, _run, _fake in (
     ("linear", _linear, _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_linear),
+    ("masked_linear", _masked_linear, _fake_linear),
+    ("gathered_linear", _gathered_linear, _fake_gathered),
     ("linear_input_grad", _linear_input_grad, _fake_input_grad),
     ("dense_linear", _dense_linear, _fake_dense),
     ("quantize", _quantize, _fake_quantize),

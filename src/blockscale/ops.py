@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import gradients, library, reference, registry
+from . import gradients, library, reference, registry, routed
 from .errors import DtypeError, ShapeError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
@@ -154,6 +154,37 @@ def grouped_linear(
         )
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return gradients.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
+
+
+def masked_linear(
+    x: Tensor, w: BlockScaled, counts: Tensor, *, numerics: str | Numerics = "checkpoint", kernel: str | None = None
+) -> Tensor:
+    """Experts with buffers of a fixed size: `x: [E, C, K]` times `w: [E, N, K]` -> `[E, C, N]` in x's dtype.
+
+    counts: int32 `[E]`, how many of an expert's C rows hold tokens; the others are not read and come out as zero.
+    Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
+    """
+    routed.check_masked(x.shape, w, counts)
+    _check_operands(x, w, None)
+    gradients.refuse("masked_linear", x)
+    parts = (w.data, w.scale, w.global_scale, w.input_scale)
+    return cast(Tensor, library.OPS.masked_linear(x, *parts, counts, *_how(w, numerics, kernel)))
+
+
+def gathered_linear(
+    x: Tensor, w: BlockScaled, ids: Tensor, *, numerics: str | Numerics = "checkpoint", kernel: str | None = None
+) -> Tensor:
+    """Experts, for few rows: each of `x: [T, K]` times each of its experts in `w: [E, N, K]` -> `[T, k, N]`.
+
+    ids: int32 `[T, k]`; an id outside 0 … E - 1 stands for no expert and gives a row of zeros. Saves the sorting that
+    `grouped_linear` needs, and reads an expert as often as it is named.
+    Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
+    """
+    routed.check_gathered(x.shape, w, ids)
+    _check_operands(x, w, None)
+    gradients.refuse("gathered_linear", x)
+    parts = (w.data, w.scale, w.global_scale, w.input_scale)
+    return cast(Tensor, library.OPS.gathered_linear(x, *parts, ids, *_how(w, numerics, kernel)))
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

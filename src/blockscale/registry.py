@@ -24,7 +24,10 @@ from .numerics import PRESETS, Numerics
 from .observe import logger
 from .platform import Platform
 
-OPS = ("linear", "grouped_linear", "matmul", "quantize", "swiglu_quantize", "rmsnorm_quantize", "dense_linear")
+OPS = (
+    "linear", "grouped_linear", "masked_linear", "gathered_linear", "matmul", "quantize", "swiglu_quantize",
+    "rmsnorm_quantize", "dense_linear",
+)  # fmt: skip
 ENTRY_POINTS = "blockscale.kernels"
 OVERRIDE = "BLOCKSCALE_KERNEL"
 ANY_LAYOUT = "any"

@@ -12,9 +12,9 @@ from typing import Literal
 
 from .platform import Platform
 
-GemmPath = Literal["tma", "native", "codec", "decoded", "weight_only"]
+GemmPath = Literal["tma", "tma16", "native", "codec", "decoded", "weight_only"]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
-decoded to 16 bits beforehand, 16-bit activations with weights decoded in the loop."""
+decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop."""
 
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
@@ -50,6 +50,7 @@ class GemmTile:
     group_m: int = 8
     programs: int = 0
     registers: int = 0
+    halves: int = 1
 
 
 def quantize_tile(rows: int, groups: int, group: int, *, scales_by_column: bool) -> QuantizeTile:
@@ -70,6 +71,7 @@ def quantize_tile(rows: int, groups: int, group: int, *, scales_by_column: bool)
 # (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
 _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "tma"): (128, 64, 128, 4, 4),
+    ("sm_90", "tma16"): (128, 64, 64, 4, 4),
     ("sm_90", "native"): (128, 128, 128, 8, 3),
     ("sm_90", "decoded"): (128, 128, 128, 8, 3),
     ("sm_90", "codec"): (128, 128, 128, 8, 3),
@@ -137,7 +139,9 @@ def gemm_tile(
         return _small(path, m, n, k, span, platform)
     name = family(platform)
     key, (bm, bn, bk, warps, stages) = _find(_LARGE, name, path)
-    tile = GemmTile(bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path == "tma" else 0)
+    tile = GemmTile(
+        bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path in ("tma", "tma16") else 0
+    )
     if path == "tma" and k <= 2048:  # short sums: a third program hides more of the beginnings and ends
         tile = replace(tile, stages=3, programs=3, registers=168, entry=tile.entry + ", K <= 2048")
     if m <= 128 and not invariant:  # half the rows: twice the programs

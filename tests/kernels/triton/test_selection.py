@@ -63,8 +63,8 @@ REFUSED = [
     ("cuda:sm_90+triton=3.2.0", problem(), "needs triton 3.4 or newer, got 3.2.0"),
     ("cuda:sm_70+triton=3.6", problem(), "needs sm_75 or newer, got sm_70"),
     ("cuda:sm_90+triton=3.6", problem(dtype=torch.float64), "x is torch.float64, needs float32, bfloat16 or float16"),
-    ("cuda:sm_90+triton=3.6", problem("grouped_linear", "nvfp4", groups=4),
-     "activations in nvfp4 need a scale over each expert's rows, this computes none"),
+    ("cuda:sm_90+triton=3.6", problem("grouped_linear", "fp8_tensor", groups=4),
+     "activations in fp8_tensor need a scale over each expert's rows, this computes one for each row or group"),
     ("cuda:sm_90+triton=3.6", problem("quantize", "fp8_1x128", "kn"),
      "writes row, col_scales, tma, ue8m0x4, fnuz, not layout 'kn'"),
     ("cuda:sm_90+triton=3.6", problem("quantize", "fp8_1x128_ue8m0", "tma"),
@@ -91,18 +91,18 @@ def test_fnuz_is_for_one_chip_only():
 
 READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, w scale, span, compute
     ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native value value loop loop 128 float16"),
-    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx loop loop 128 float16"),
+    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx checked loop loop 128 float16"),
     ("rocm:gfx90a", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", "mxfp8", "mxfp8", "native value value loop loop 32 bfloat16"),
     ("cuda:sm_80", "mxfp8", "mxfp8", "codec ptx ptx fold fold 0 bfloat16"),
-    ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx loop loop 32 float16"),
+    ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx checked loop loop 32 float16"),
     ("cuda:sm_90", "fp8_1x128", "mxfp4", "codec value fp4 ptx loop fold 128 bfloat16"),
     ("rocm:gfx950", "nvfp4", "nvfp4", "codec fp4 fp4 fold fold 0 float16"),
     ("cuda:sm_90", "fp8_row", "fp8_row", "native value value end end 0 float16"),
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
     ("cuda:sm_75", None, "fp8_128x128", "weight_only cast fp8 none loop 128 float32"),
-    ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx loop loop 16 float16"),
+    ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx checked loop loop 16 float16"),
 ]  # fmt: skip
 
 

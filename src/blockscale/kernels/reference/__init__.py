@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ... import reference
+from ... import reference, routed
 from ...layouts import convert
 from ...platform import Platform
 from ...registry import Problem
@@ -45,6 +45,22 @@ class GroupedLinear(_Reference):
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:
         y = reference.grouped_linear(x, w, offsets, numerics=problem.numerics, compute=torch.float32)
+        return y.to(problem.out_dtype)
+
+
+class MaskedLinear(_Reference):
+    name, op = "reference.masked_linear", "masked_linear"
+
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, counts: Tensor) -> Tensor:
+        y = routed.masked_linear(x, w, counts, numerics=problem.numerics, compute=torch.float32)
+        return y.to(problem.out_dtype)
+
+
+class GatheredLinear(_Reference):
+    name, op = "reference.gathered_linear", "gathered_linear"
+
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, ids: Tensor) -> Tensor:
+        y = routed.gathered_linear(x, w, ids, numerics=problem.numerics, compute=torch.float32)
         return y.to(problem.out_dtype)
 
 
@@ -89,4 +105,7 @@ class DenseLinear(_Reference):
         return torch.nn.functional.linear(x, weight, bias).to(problem.out_dtype)
 
 
-KERNELS = [Linear(), GroupedLinear(), Matmul(), Quantize(), SwigluQuantize(), RmsnormQuantize(), DenseLinear()]
+KERNELS = [
+    Linear(), GroupedLinear(), MaskedLinear(), GatheredLinear(), Matmul(), Quantize(), SwigluQuantize(),
+    RmsnormQuantize(), DenseLinear(),
+]  # fmt: skip

@@ -9,6 +9,7 @@ bytes whatever batch it is in. Triton itself is imported when a kernel first run
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,19 +85,30 @@ class Linear(_Multiply):
 
 class GroupedLinear(_Multiply):
     name, op, priority = "triton.block", "grouped_linear", 50
+    rows: Literal["sorted", "masked", "pairs"] = "sorted"
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
         yield from super().why_not(problem, platform)
         act = problem.activation_format
-        if act is not None and (act.block[0] != 1 or act.two_level):
-            yield f"activations in {act} need a scale over each expert's rows, this computes none"
+        if act is not None and act.block[0] != 1:
+            yield f"activations in {act} need a scale over each expert's rows, this computes one for each row or group"
 
-    def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, where: Tensor) -> Tensor:
         from . import grouped
 
-        return grouped.grouped_linear(
-            x, w, offsets, problem.numerics, problem.out_dtype, detect(x.device), native=self.native
-        )
+        y = grouped.grouped_linear(
+            x.reshape(-1, problem.k), w, where, problem.numerics, problem.out_dtype, detect(x.device), rows=self.rows,
+            native=self.native,
+        )  # fmt: skip
+        return y if self.rows == "sorted" else y.view(*(where if self.rows == "pairs" else x).shape[:2], -1)
+
+
+class MaskedLinear(GroupedLinear):
+    op, rows = "masked_linear", "masked"
+
+
+class GatheredLinear(GroupedLinear):
+    op, rows = "gathered_linear", "pairs"
 
 
 class Matmul(_Multiply):
@@ -197,6 +209,14 @@ class FnuzGroupedLinear(GroupedLinear):
     name, priority, layout = "triton.fnuz", 52, "fnuz"
 
 
+class FnuzMaskedLinear(MaskedLinear):
+    name, priority, layout = "triton.fnuz", 52, "fnuz"
+
+
+class FnuzGatheredLinear(GatheredLinear):
+    name, priority, layout = "triton.fnuz", 52, "fnuz"
+
+
 class FnuzMatmul(Matmul):
     name, priority, layout = "triton.fnuz", 52, "fnuz"
 
@@ -206,6 +226,14 @@ class CodecLinear(Linear):
 
 
 class CodecGroupedLinear(GroupedLinear):
+    name, priority, native, accumulation_error = "triton.codec", 46, False, 0.0
+
+
+class CodecMaskedLinear(MaskedLinear):
+    name, priority, native, accumulation_error = "triton.codec", 46, False, 0.0
+
+
+class CodecGatheredLinear(GatheredLinear):
     name, priority, native, accumulation_error = "triton.codec", 46, False, 0.0
 
 
@@ -226,8 +254,9 @@ class InvariantMatmul(Matmul):
 
 
 KERNELS = [
-    Linear(), GroupedLinear(), Matmul(), Quantize(), SwigluQuantize(), RmsnormQuantize(),
-    FnuzLinear(), FnuzGroupedLinear(), FnuzMatmul(),
-    CodecLinear(), CodecGroupedLinear(), CodecMatmul(), CodecQuantize(),
+    Linear(), GroupedLinear(), MaskedLinear(), GatheredLinear(), Matmul(),
+    Quantize(), SwigluQuantize(), RmsnormQuantize(),
+    FnuzLinear(), FnuzGroupedLinear(), FnuzMaskedLinear(), FnuzGatheredLinear(), FnuzMatmul(),
+    CodecLinear(), CodecGroupedLinear(), CodecMaskedLinear(), CodecGatheredLinear(), CodecMatmul(), CodecQuantize(),
     InvariantLinear(), InvariantMatmul(),
 ]  # fmt: skip

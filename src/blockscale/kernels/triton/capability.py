@@ -5,7 +5,7 @@ The table is measured by compiling ahead of time for every target (docs/platform
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -23,7 +23,8 @@ _ROCM_FP8 = ("gfx950", "gfx1200", "gfx1201", "gfx1250")
 def dot_element(platform: Platform, element: str) -> bool:
     """Whether matrix instructions take two operands of this element ("fp8", "fp8fnuz"); else they are decoded."""
     if element == "fp8":
-        return platform.capability >= 89 or (platform.kind == "rocm" and platform.arch in _ROCM_FP8)
+        has = platform.capability >= 89 or (platform.kind == "rocm" and platform.arch in _ROCM_FP8)
+        return has and platform.value("fp8") != "none"
     return element == "fp8fnuz" and platform.kind == "rocm" and platform.arch == "gfx942"
 
 
@@ -33,12 +34,12 @@ def native_cast(platform: Platform, element: str) -> bool:
     Only where that was seen. Triton up to 3.7.1 rounds twice on sm_89 (its issue 11753), triton-xpu before 3.5
     saturates at 256 (intel-xpu-backend-for-triton 3814), and on AMD nobody has run it: those use the codec.
     """
-    return element == "fp8" and platform.capability >= 90
+    return element == "fp8" and platform.capability >= 90 and platform.value("fp8") != "none"
 
 
 def native_load(platform: Platform, element: str) -> bool:
     """Whether fp8 -> fp16 or bf16 by the chip is exact (it is wherever the chip has the instruction)."""
-    return element == "fp8" and platform.capability >= 89
+    return element == "fp8" and platform.capability >= 89 and platform.value("fp8") != "none"
 
 
 def ptx_decode(platform: Platform, compute: torch.dtype) -> bool:
@@ -54,6 +55,16 @@ def bf16_dot(platform: Platform) -> torch.dtype:
 def has_tma(platform: Platform) -> bool:
     """Tensor memory accelerator: block copies described on the host."""
     return platform.capability in (90, 100, 103)
+
+
+def launch_options(platform: Platform) -> dict[str, bool]:
+    """Keyword arguments for kernels that call `ptx.wait_for_grid`: whether the next launch may begin before this ends.
+
+    Programmatic dependent launch: the driver prepares the grid behind while this one runs, which saves a decode step
+    about a microsecond a kernel. sm_90 and later.
+    """
+    overlaps = platform.capability >= 90 and platform.at_least("triton", "3.6")
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
 def multiply_options(platform: Platform) -> dict[str, str]:
@@ -79,6 +90,7 @@ def scale_kind(fmt: Format, dtype: object) -> str:
     return {"torch.float8_e8m0fnu": "e8m0", "torch.float8_e4m3fn": "e4m3"}.get(str(dtype), "float")
 
 
+@cache
 def without_fp8(platform: Platform) -> Platform:
-    """The same chip as if it had no fp8: what an owner of the generation before gets, on the chip at hand."""
-    return replace(platform, arch="sm_80") if platform.kind == "cuda" else platform
+    """The same chip as if it had no fp8 type or instruction, for kernels that are ordered to keep to integer codecs."""
+    return platform.with_features([("fp8", "none")])

@@ -16,13 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
-from ...tuning import SMALL_M, GemmTile, gemm_tile, multiprocessors
+from ...tuning import SMALL_M, GemmPath, GemmTile, gemm_tile, multiprocessors
 from . import capability
 from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
 from .operands import Reading, operand, quantize_activations, reading, scale_args
 from .quantize import on_device
 
+_TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
 """From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them."""
 
@@ -74,7 +75,7 @@ def matmul(
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
     tma = _takes_tma(x, w, how, platform)
     if tile is None:
-        tile = gemm_tile("tma" if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
+        tile = gemm_tile(_TMA_PATHS[how.path] if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
     x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
@@ -88,15 +89,16 @@ def matmul(
             tickets = y.new_zeros(tiles, dtype=torch.int32)
     common: dict[str, Any] = {
         "BIAS": bias is not None, "BM": tile.bm, "BN": tile.bn, "SPLIT": tile.split, "SWAP": tile.swap,
-        "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
-        **capability.multiply_options(platform),
+        "BK": tile.bk, "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
+        **capability.multiply_options(platform), **capability.launch_options(platform),
     }  # fmt: skip
     with on_device(y):
         if tma:
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
             kernels.tma_kernel[(programs, tile.split)](
-                _blocks(x_data, tile.bm), _blocks(w_data, tile.bn), y, bias, sx[0], sw, part, tickets, m, n, k,
-                y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
+                _blocks(x_data, tile.bm // tile.halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
+                part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
+                HALVES=tile.halves, PERSISTENT=tile.programs > 0 and tile.split == 1,
                 maxnreg=tile.registers or None, **common,
             )  # fmt: skip
         else:
@@ -104,20 +106,21 @@ def matmul(
             kernels.gemm_kernel[(tiles, tile.split)](
                 x_data, w_data, y, bias, sx[0], sw, x.global_scale if isinstance(x, BlockScaled) else None,
                 w.global_scale, part, tickets, m, n, k, x_data.stride(0), w_data.stride(0), y.stride(0), sx[1], sx[2],
-                sw_n, sw_k, **how.constants, EVEN_K=even, BK=tile.bk, **common,
+                sw_n, sw_k, **how.constants, EVEN_K=even, **common,
             )  # fmt: skip
     return y
 
 
 def _takes_tma(x: BlockScaled | Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:
-    """Block copies: FP8 in 128-wide blocks with fp32 activation scales, whole 16-byte units of K."""
+    """Block copies: FP8, or what it was decoded to, in 128-wide blocks with fp32 activation scales, whole 16-byte units
+    of K."""
     c = how.constants
     return (
-        how.path == "native" and capability.has_tma(platform) and isinstance(x, BlockScaled)
+        how.path in _TMA_PATHS and capability.has_tma(platform) and isinstance(x, BlockScaled)
         and x.scale.dtype == torch.float32 and c["X_GROUP"] == c["W_GROUP"] == c["W_ROWS"] == 128
-        and w.shape[-1] % 16 == 0 and w.data.data_ptr() % 16 == 0 and x.data.data_ptr() % 16 == 0
+        and c["LIFT"] == 1.0 and w.shape[-1] % 16 == 0 and w.data.data_ptr() % 16 == 0 and x.data.data_ptr() % 16 == 0
     )  # fmt: skip
 
 
-def _blocks(t: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, 128])
+def _blocks(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])

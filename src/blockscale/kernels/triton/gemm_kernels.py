@@ -6,14 +6,15 @@ their number. Tickets count the arrivals; they must be zero before and are zero 
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .codec import decode, decode_scale
-from .tiles import accumulate, end_scales, group_index, tile_of
+from .ptx import wait_for_grid
+from .tiles import accumulate, count_steps, end_scales, scale_rows, tile_of
 
 
 @triton.jit
@@ -115,8 +116,10 @@ def gemm_kernel(
     SWAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: a [BM, BN] tile of y over one of SPLIT slices of K. Any format, block and shape."""
+    wait_for_grid(PDL)
     tile = tl.program_id(0)
     piece = tl.program_id(1)
     pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
@@ -124,14 +127,8 @@ def gemm_kernel(
     rn = pn * BN + tl.arange(0, BN)
     x_row = tl.minimum(rm, M - 1).to(tl.int64)
     w_row = tl.minimum(rn, N - 1).to(tl.int64)
-    if W_ROWS == 0 or (W_ROWS % BN == 0 and W_SCALE != "fold"):
-        sw_row = group_index(pn * BN, W_ROWS)
-    else:
-        sw_row = group_index(w_row, W_ROWS)
-    if SPAN == 0 or SPAN % BK == 0:
-        steps = tl.cdiv(K, BK)
-    else:
-        steps = tl.cdiv(K, SPAN) * ((SPAN + BK - 1) // BK)
+    sw_row = scale_rows(w_row, pn * BN, BN, W_ROWS, W_SCALE)
+    steps = count_steps(K, SPAN, BK)
     acc = accumulate(
         x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_ptr, w_row, w_stride, sw_ptr, sw_row, sw_n, sw_k,
         K, piece * steps // SPLIT, (piece + 1) * steps // SPLIT, X_KIND, W_KIND, X_SCALE, W_SCALE, SX_KIND, SW_KIND,
@@ -146,6 +143,47 @@ def gemm_kernel(
             X_SCALE, W_SCALE, SX_KIND, SW_KIND, X_LEVEL, W_LEVEL, LIFT, SWAP,
         )  # fmt: skip
         store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
+
+
+@triton.jit
+def tma_tile(
+    x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k, sw_n, sw_k,
+    tile, SW_KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of `tma_kernel`."""
+    pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    piece = tl.program_id(1)
+    steps = tl.cdiv(K, BK)
+    H: tl.constexpr = BM // HALVES
+    rm = pm * BM + tl.arange(0, H)
+    rn = pn * BN + tl.arange(0, BN)
+    sx_at = sx_ptr + tl.minimum(rm, M - 1).to(tl.int64) * sx_m
+    sw_at = sw_ptr + (pn * BN // 128) * sw_n
+    acc = tl.zeros((BN, H), tl.float32) if SWAP else tl.zeros((H, BN), tl.float32)
+    if HALVES == 2:
+        sx_low = sx_ptr + tl.minimum(rm + H, M - 1).to(tl.int64) * sx_m
+        low = tl.zeros((H, BN), tl.float32)
+    for step in tl.range(piece * steps // SPLIT, (piece + 1) * steps // SPLIT, num_stages=STAGES):
+        w = w_desc.load([pn * BN, step * BK])
+        x = x_desc.load([pm * BM, step * BK])
+        group = step * BK // 128
+        w_scale = decode_scale(tl.load(sw_at + group * sw_k), SW_KIND)
+        scale = tl.load(sx_at + group * sx_k) * w_scale
+        if SWAP:
+            acc += tl.dot(w, x.T) * scale[None, :]
+        else:
+            acc += tl.dot(x, w.T) * scale[:, None]
+        if HALVES == 2:
+            scale = tl.load(sx_low + group * sx_k) * w_scale
+            low += tl.dot(x_desc.load([pm * BM + H, step * BK]), w.T) * scale[:, None]
+    mine = True
+    if SPLIT > 1:
+        mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
+    if mine:
+        store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
+        if HALVES == 2:
+            store_tile(low, y_ptr, bias_ptr, rm + H, rn, M, N, y_stride, BIAS, SWAP)
 
 
 @triton.jit(do_not_specialize=["M", "sx_m", "sx_k"])
@@ -170,37 +208,31 @@ def tma_kernel(
     BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """FP8 operands in 128-wide K blocks through block copies; scales fp32, one a row and one a 128x128 block.
+    """FP8 or 16-bit operands through block copies; scales fp32, one a row and 128 of K, one a 128x128 block.
 
     Copies past the edge of a matrix bring zeros, so any M, N and K do (K in whole 16-byte units). BN <= 128.
-    Persistent where SPLIT is 1: programs walk over tiles and the copies of the next tile overlap the store.
+    PERSISTENT (SPLIT is 1): programs walk over tiles and the copies of the next tile overlap the store.
+    HALVES: 2 multiplies the upper and the lower half of the rows one after the other, so that a warp group holds the
+    unscaled products of one half only and one copy of w serves both.
     """
-    num_m = tl.cdiv(M, BM)
-    num_n = tl.cdiv(N, BN)
-    steps = tl.cdiv(K, 128)
-    piece = tl.program_id(1)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), num_stages=1):
-        pm, pn = tile_of(tile, num_m, num_n, GROUP_M)
-        rm = pm * BM + tl.arange(0, BM)
-        rn = pn * BN + tl.arange(0, BN)
-        sx_at = sx_ptr + tl.minimum(rm, M - 1).to(tl.int64) * sx_m
-        sw_at = sw_ptr + (pn * BN // 128) * sw_n
-        acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
-        for step in tl.range(piece * steps // SPLIT, (piece + 1) * steps // SPLIT, num_stages=STAGES):
-            w = w_desc.load([pn * BN, step * 128])
-            x = x_desc.load([pm * BM, step * 128])
-            scale = tl.load(sx_at + step * sx_k) * decode_scale(tl.load(sw_at + step * sw_k), SW_KIND)
-            if SWAP:
-                acc += tl.dot(w, x.T) * scale[None, :]
-            else:
-                acc += tl.dot(x, w.T) * scale[:, None]
-        mine = True
-        if SPLIT > 1:
-            mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
-        if mine:
-            store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, SWAP)
+    wait_for_grid(PDL)
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), num_stages=1):
+            tma_tile(
+                x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k,
+                sw_n, sw_k, tile, SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, GROUP_M, STAGES,
+            )  # fmt: skip
+    else:
+        tma_tile(
+            x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k,
+            sw_n, sw_k, tl.program_id(0), SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, GROUP_M, STAGES,
+        )  # fmt: skip

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...formats import Format
 from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
 from .capability import multiply_options, without_fp8
-from .grouped_kernels import grouped_kernel
+from .grouped_kernels import grouped_kernel, levels_kernel
 from .operands import operand, quantize_activations, reading, scale_args
-from .quantize import on_device
+from .quantize import on_device, quantize
+from .quantize_whole import amax_kernel
 
 Rows = Literal["sorted", "masked", "pairs"]
 
@@ -27,20 +29,47 @@ Rows = Literal["sorted", "masked", "pairs"]
 def grouped_linear(
     x: Tensor,
     w: BlockScaled,
-    offsets: Tensor,
+    where: Tensor,
     numerics: Numerics,
     out_dtype: torch.dtype,
     platform: Platform,
     *,
+    rows: Rows = "sorted",
     native: bool = True,
 ) -> Tensor:
-    """Rows of `x: [T, K]` sorted by expert times `w: [E, N, K]` -> `[T, N]`; activations as `numerics` says.
-
-    offsets: int `[E]`, rising, the end row of each expert's slice. Rows behind the last come out as zero.
-    """
+    """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
-    xq = x if fmt is None else quantize_activations(x, fmt, w, numerics, platform, native=native)
-    return grouped_matmul(xq, w, offsets, platform, out_dtype=out_dtype, native=native)
+    if fmt is None:
+        return grouped_matmul(x, w, where, platform, rows=rows, out_dtype=out_dtype, native=native)
+    if not fmt.two_level:
+        xq = quantize_activations(x, fmt, w, numerics, platform, native=native)
+        return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native)
+    levels, by_row = expert_levels(x, fmt, where, w, rows)
+    if rows == "pairs":  # a row has another level, so other codes, for every expert that it meets
+        x, where = x.repeat_interleave(where.shape[1], 0), where.reshape(-1, 1)
+    xq = quantize(x, fmt, without_fp8(platform) if not native else platform, level=by_row)
+    return grouped_matmul(
+        replace(xq, global_scale=levels), w, where, platform, rows=rows, out_dtype=out_dtype, native=native
+    )
+
+
+def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: Rows) -> tuple[Tensor, Tensor]:
+    """NVFP4's second level: (fp32 `[E]`, one for each expert's rows; fp32, the same spread over the rows of y).
+
+    `amax / (448 * 6)` of the rows that an expert gets, or what is stored beside its weight.
+    """
+    experts, top_k = w.shape[0], where.shape[1] if rows == "pairs" else 1
+    count = x.shape[0] * top_k
+    amax, by_row, levels = (x.new_empty(n, dtype=torch.float32) for n in (x.shape[0], count, experts))
+    given = w.input_scale
+    with on_device(x):
+        if given is None:
+            amax_kernel[(x.shape[0],)](x, amax, x.shape[0], x.shape[1], x.stride(0), C=1024)
+        levels_kernel[(experts + 1,)](
+            amax, where, given, levels, by_row, count // experts if rows == "masked" else count, experts, ROWS=rows,
+            TOP_K=top_k, GIVEN=given is not None, DIVISOR=448.0 * fmt.max, BLOCK=256,
+        )  # fmt: skip
+    return levels, by_row
 
 
 def grouped_matmul(
@@ -56,9 +85,10 @@ def grouped_matmul(
 ) -> Tensor:
     """x, quantized or as it is, times the experts `w: [E, N, K]`.
 
-    rows "sorted": x `[T, K]`, where = offsets int `[E]` -> `[T, N]`. "masked": x `[E * capacity, K]`, where = counts
-    int `[E]` -> `[E * capacity, N]`, rows past an expert's count unwritten. "pairs": x `[T, K]`, where = expert ids
-    int `[T, top_k]` -> `[T * top_k, N]`; ids outside 0 … E - 1 give rows of zeros.
+    rows "sorted": x `[T, K]`, where = offsets int32 `[E]`, rising, the end row of each expert's slice -> `[T, N]`; rows
+    behind the last come out as zero. "masked": x `[E * capacity, K]`, where = counts int32 `[E]` -> `[E * capacity,
+    N]`; rows past an expert's count come out as zero. "pairs": x `[T, K]`, where = expert ids int32 `[T, top_k]` ->
+    `[T * top_k, N]`; ids outside 0 … E - 1 give rows of zeros.
 
     Raises ShapeError when shapes do not fit.
     """
@@ -70,7 +100,7 @@ def grouped_matmul(
         raise ShapeError(
             f"grouped ({rows}): x {list(x.shape)}, w {list(w.shape)} and where {list(where.shape)} do not fit"
         )
-    how = reading(x, w, platform)
+    how, where = reading(x, w, platform), where.contiguous()
     top_k = 1
     if rows == "sorted" or rows == "masked":
         out_rows, per_expert = m, m // experts
@@ -91,7 +121,8 @@ def grouped_matmul(
     even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
     with on_device(y):
         grouped_kernel[(tiles * -(-n // tile.bn),)](
-            x_data, w_data, y, where, sx, sw, w.global_scale, per_expert if rows == "masked" else out_rows, experts,
+            x_data, w_data, y, where, sx, sw, x.global_scale if isinstance(x, BlockScaled) else None, w.global_scale,
+            per_expert if rows == "masked" else out_rows, experts,
             n, k, x_data.stride(0), w_data.stride(0), w_data.stride(1), y.stride(0), sx_m, sx_k, sw.stride(0), sw_n,
             sw_k, ROWS=rows, TOP_K=top_k, EXPERTS=1 << experts.bit_length(), **how.constants, EVEN_K=even, BM=tile.bm,
             BN=tile.bn, BK=tile.bk, SWAP=tile.swap, STAGES=tile.stages, num_warps=tile.warps,

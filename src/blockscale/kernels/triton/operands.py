@@ -15,13 +15,13 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmPath
-from . import capability
+from . import capability, ptx
 from .capability import is_grouped, without_fp8
 from .gemm_kernels import decode_kernel
 from .quantize import on_device, quantize
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_LIFT = {"ptx": 2.0**8, "fp4 ptx": 2.0**14}
+_LIFT = {"ptx": ptx.FP16_LIFT, "fp4 ptx": ptx.FP4_FP16_LIFT, "ptx checked": ptx.CHECKED_LIFT}
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         x_scale, x_group = _scaling(x, compute, path)
         x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
         x_kind = x_kind or _kind(x, compute, platform)
+        x_kind = _checked(x_kind, compute)
     w_scale, w_group = _scaling(w, compute, path)
     w_kind = "value" if path in ("native", "decoded") else _kind(w, compute, platform)
+    if path == "codec":
+        w_kind = _checked(w_kind, compute)
     loops = [group for how, group in ((x_scale, x_group), (w_scale, w_group)) if how == "loop"]
     constants = {
         "X_KIND": x_kind, "W_KIND": w_kind, "X_SCALE": x_scale, "W_SCALE": w_scale,
@@ -153,6 +156,11 @@ def _kind(q: BlockScaled, compute: torch.dtype, platform: Platform) -> str:
     if element in ("fp8", "fp4") and capability.ptx_decode(platform, compute):
         return "ptx" if element == "fp8" else "fp4 ptx"
     return "cast" if capability.native_load(platform, element) else element
+
+
+def _checked(kind: str, compute: torch.dtype) -> str:
+    """The faster decoder to fp16, where both operands are codes: finite or NaN."""
+    return "ptx checked" if kind == "ptx" and compute == torch.float16 else kind
 
 
 def _scaling(q: BlockScaled, compute: torch.dtype, path: str) -> tuple[str, int]:

@@ -6,6 +6,8 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +21,7 @@ from ...tensor import BlockScaled
 from ...tuning import QuantizeTile, quantize_tile
 from . import capability
 from . import quantize_kernels as kernels
+from . import quantize_whole as whole_kernels
 from .capability import is_grouped
 
 _PARTS = 1024
@@ -41,9 +44,10 @@ def quantize(
 ) -> BlockScaled:
     """`x: [rows, cols]` in `fmt`, with the bytes of `reference.quantize`, laid out as `layout`.
 
-    scale: a given grid makes it static. level: NVFP4's global scale, if known. tickets: int32 that is zeroed on the
-    way, for a split-K multiplication that follows. values: hold codes as values of this 16- or 32-bit dtype instead
-    of bytes, for the multiplication that follows and nobody else. The last two: formats that `is_grouped` only.
+    scale: a given grid makes it static. level: NVFP4's global scale, if known: a number, or one for each row.
+    tickets: int32 that is zeroed on the way, for a split-K multiplication that follows. values: hold codes as values
+    of this 16- or 32-bit dtype instead of bytes, for the multiplication that follows and nobody else. The last two:
+    formats that `is_grouped` only.
     """
     x = _rows_dense(x)
     rows, cols = x.shape
@@ -62,8 +66,8 @@ def quantize(
     with on_device(x):
         if fmt.block == (None, None):
             parts = x.new_empty(min(rows, _PARTS), dtype=torch.float32)
-            kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
-            kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
+            whole_kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
+            whole_kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
                 x, _codes(data, how), _bytes(scales), parts, parts.numel(), rows, cols, x.stride(0), data.stride(0),
                 0, 0, rows, cols, floor, **how, DIVIDE=_divide(platform, floor), STATIC=False, PARTS=_PARTS, C=1024,
             )  # fmt: skip
@@ -71,7 +75,7 @@ def quantize(
             br, bc = fmt.block_shape(rows, cols)
             chunk_c = min(_pow2(bc), 2048)
             grid = fmt.scale_shape(rows, cols)
-            kernels.block_kernel[(grid[1] * grid[0],)](
+            whole_kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
                 floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
                 R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
@@ -127,7 +131,7 @@ def rmsnorm_quantize(
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor), PACK4=pack4, EVEN=_even(cols, group),
+            DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
             WHOLE=whole,
             G=tile, C=_pow2(group), num_warps=8 if tile * _pow2(group) > 4096 else 4,
         )  # fmt: skip
@@ -170,12 +174,13 @@ def _groups(
         across, down = -(-padded_groups // tile.groups), -(-padded_rows // tile.rows)
         few = down <= 64
         kernels.group_kernel[(across, down) if few else (across * down,)](
-            x, _codes(data, how), _bytes(scales), level, weight, rows, cols, -(-cols // group), x.stride(0),
-            data.stride(0), s_r, s_g, padded_rows, padded_groups, floor, 0.0 if limit is None else limit,
-            tickets, 0 if tickets is None else tickets.numel(), SWIGLU=fused is not None, CLAMP=limit is not None,
-            WEIGHTED=weight is not None, GROUP=group, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-            EVEN=_even(cols, group), TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows,
-            G=tile.groups, C=_pow2(group), num_warps=tile.warps,
+            x, _codes(data, how), _bytes(scales), level, int(level is not None and level.dim() > 0), weight, rows, cols,
+            -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
+            0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
+            SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
+            DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
+            TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows, G=tile.groups, C=_pow2(group),
+            num_warps=tile.warps, **capability.launch_options(platform),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 
@@ -187,7 +192,7 @@ def _static(x: Tensor, fmt: Format, scale: Tensor, platform: Platform) -> BlockS
     how["SCALE_KIND"] = capability.scale_kind(fmt, scale.dtype)
     br, bc = fmt.block_shape(rows, cols)
     with on_device(x):
-        kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
+        whole_kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
             x, _codes(data, how), _bytes(scale), x, 0, rows, cols, x.stride(0), data.stride(0), *scale.stride(),
             br, bc, 0.0, **how, DIVIDE="ieee", STATIC=True, PARTS=1, C=1024,
         )  # fmt: skip
@@ -198,8 +203,8 @@ def _nvfp4_level(x: Tensor, fmt: Format) -> Tensor:
     rows, cols = x.shape
     parts, level = x.new_empty(min(rows, _PARTS), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     with on_device(x):
-        kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
-        kernels.level_kernel[(1,)](parts, parts.numel(), level, DIVISOR=448.0 * fmt.max, PARTS=_PARTS)
+        whole_kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
+        whole_kernels.level_kernel[(1,)](parts, parts.numel(), level, DIVISOR=448.0 * fmt.max, PARTS=_PARTS)
     return level
 
 
@@ -245,9 +250,19 @@ def _how(fmt: Format, rounding: ScaleRounding, layout: str, platform: Platform) 
     }  # fmt: skip
 
 
-def _divide(platform: Platform, floor: float) -> str:
-    """Markstein's division needs scales far above underflow: a floor of 2^-70 makes them at least 2^-79."""
-    return "fma" if capability.fused_multiply_add(platform) and floor >= 2.0**-70 else "ieee"
+def _divide(platform: Platform, floor: float, x: Tensor | None = None, fmt: Format | None = None) -> str:
+    """How kernels divide (`quantize_parts`); x, fmt: what `divide_groups` divides, for the fastest of the three.
+
+    Markstein's division needs scales far above underflow: a floor of 2^-70 makes them at least 2^-79. "rcp" needs
+    scales whose significand is not all ones: no number of at most 11 bits over a format's max has one, and a floor
+    is looked at.
+    """
+    if not capability.fused_multiply_add(platform) or floor < 2.0**-70:
+        return "ieee"
+    if platform.kind != "cuda" or x is None or fmt is None or x.element_size() != 2:
+        return "fma"
+    scale = ctypes.c_float(ctypes.c_float(floor).value / fmt.max).value
+    return "fma" if math.frexp(scale)[0] == 1 - 2.0**-24 else "rcp"
 
 
 def _even(cols: int, group: int) -> bool:

@@ -5,7 +5,8 @@ Constexprs that recur:
 X_KIND, W_KIND: what an operand's bytes are. "value": the pointer's own dtype goes to the dot (fp8 where the chip
 multiplies it, or 16- and 32-bit floats); "cast": fp8 that the chip converts to COMPUTE; an element name ("fp8",
 "fp8e5m2", "fp8fnuz", "fp4"): bytes that integer code decodes to COMPUTE; "ptx" and "fp4 ptx": E4M3FN and E2M1 bytes
-decoded four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end.
+decoded four at a time, which in fp16 leaves a factor (2^-8, 2^-14) that LIFT takes back at the end; "ptx checked":
+E4M3FN to fp16 by fewer instructions, where an infinite product can only come of a NaN code.
 X_SCALE, W_SCALE: how scales enter. "none"; "loop": they multiply the fp32 partial sum of each K step, outside the
 matrix unit, so that its short accumulators do not leak; "fold": groups shorter than a step, whose product with the
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
@@ -15,13 +16,14 @@ SWAP: weight rows take the M side of the matrix instruction, for few tokens on c
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-
+# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_fp4_ptx, decode_ptx, decode_scale, unpack_fp4
+from .codec import decode, decode_scale, unpack_fp4
+from .ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 
 
 @triton.jit
@@ -63,6 +65,8 @@ def load_operand(
         tile = raw.to(COMPUTE)
     elif KIND == "ptx":
         tile = decode_ptx(raw, COMPUTE)
+    elif KIND == "ptx checked":
+        tile = decode_ptx_checked(raw)
     elif KIND == "fp4 ptx":
         tile = decode_fp4_ptx(raw, COMPUTE)
     elif KIND == "fp4":
@@ -91,6 +95,26 @@ def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP:
 def group_index(index, GROUP: tl.constexpr):
     """index // GROUP, where 0 means that one group holds everything."""
     return index * 0 if GROUP == 0 else index // GROUP
+
+
+@triton.jit
+def scale_rows(w_row, first, BN: tl.constexpr, W_ROWS: tl.constexpr, W_SCALE: tl.constexpr):
+    """Rows of the weight's scale grid for a tile from row `first`: a scalar where one serves all of it."""
+    if W_ROWS == 0 or (W_ROWS % BN == 0 and W_SCALE != "fold"):
+        row = group_index(first, W_ROWS)
+    else:
+        row = group_index(w_row, W_ROWS)
+    return row
+
+
+@triton.jit
+def count_steps(K, SPAN: tl.constexpr, BK: tl.constexpr):
+    """Steps over K, none of which crosses a span."""
+    if SPAN == 0 or SPAN % BK == 0:
+        steps = tl.cdiv(K, BK)
+    else:
+        steps = tl.cdiv(K, SPAN) * ((SPAN + BK - 1) // BK)
+    return steps
 
 
 @triton.jit
@@ -152,6 +176,8 @@ def accumulate(
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:
             part = tl.dot(x, tl.trans(w), input_precision="ieee")
+        if X_KIND == "ptx checked" or W_KIND == "ptx checked":
+            part = tl.fma(part, 0.0, part)  # infinity, which is a NaN code's product, becomes NaN
         if W_SCALE == "loop":
             raw = tl.load(sw_ptr + sw_row * sw_n + group_index(k0, W_GROUP) * sw_k)
             scale = decode_scale(raw, SW_KIND)

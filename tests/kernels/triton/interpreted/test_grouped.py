@@ -1,11 +1,13 @@
 """Multiplication by experts: every way to say which rows are whose."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from blockscale import ShapeError, reference
+from blockscale import Problem, ShapeError, reference, routed
 from blockscale.formats import get_format
-from blockscale.kernels.triton import grouped, operands
+from blockscale.kernels.triton import KERNELS, grouped
 from blockscale.numerics import get_numerics
 
 F16, F32 = torch.float16, torch.float32
@@ -13,16 +15,21 @@ E, N, K = 5, 72, 192
 FORMATS = [
     ("fp8_128x128", "checkpoint", F32), ("fp8_32x32_ue8m0", "deepseek_v4_1", F32), ("fp8_row", "checkpoint", F32),
     ("mxfp4", "deepseek_v4", F32), ("mxfp4", "weight_only", F16), ("nvfp4", "weight_only", F16),
+    ("nvfp4", "checkpoint", F32),
 ]  # fmt: skip
 
 
-def setting(name, policy, dtype, rows, platform, g):
-    """weights, numerics, x as it is and as the kernel takes it"""
-    numerics, fmt = get_numerics(policy), get_format(name)
-    w = reference.quantize(torch.randn(E, N, K, generator=g), fmt)
-    x = torch.randn(rows, K, generator=g).to(dtype)
-    act = numerics.activation_format(fmt)
-    return w, numerics, x, x if act is None else operands.quantize_activations(x, act, w, numerics, platform)
+def setting(name, policy, dtype, rows, g):
+    """weights, numerics, x"""
+    w = reference.quantize(torch.randn(E, N, K, generator=g), get_format(name))
+    return w, get_numerics(policy), torch.randn(rows, K, generator=g).to(dtype)
+
+
+def run(op, x, w, where, policy):
+    """What the registered kernel gives, in fp32."""
+    kernel = next(k for k in KERNELS if k.op == op and k.name == "triton.block")
+    problem = Problem(op, N, K, x.dtype, w.format, out_dtype=F32, numerics=get_numerics(policy), groups=E)
+    return kernel.run(problem, x, w, where)
 
 
 def assert_rows(y, want):
@@ -35,45 +42,59 @@ def assert_rows(y, want):
 @pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS)
 def test_sorted(name, policy, dtype, platform, g):
     """Empty experts, slices that end inside a tile, and rows behind the last one."""
-    w, numerics, x, _ = setting(name, policy, dtype, 23, platform, g)
+    w, numerics, x = setting(name, policy, dtype, 23, g)
     offsets = torch.tensor([0, 3, 3, 19, 20], dtype=torch.int32)
     y = grouped.grouped_linear(x, w, offsets, numerics, F32, platform)
     assert_rows(y, reference.grouped_linear(x.float(), w, offsets, numerics=numerics))
     assert (y[20:] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS[:1] + FORMATS[3:5])
-def test_pairs(name, policy, dtype, platform, g):
-    w, numerics, x, xq = setting(name, policy, dtype, 3, platform, g)
-    ids = torch.tensor([[4, 0], [0, 0], [-1, 2]], dtype=torch.int32)
-    y = grouped.grouped_matmul(xq, w, ids, platform, rows="pairs", out_dtype=F32)
-    want = [
-        reference.linear(x[t : t + 1].float(), w[e], numerics=numerics)[0] if e >= 0 else torch.zeros(N)
-        for t in range(3)
-        for e in ids[t].tolist()
-    ]
-    assert_rows(y, torch.stack(want))
+@pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS)
+def test_gathered(name, policy, dtype, g):
+    """Rows that share an expert, an expert named twice, ids that stand for none on both sides."""
+    w, numerics, x = setting(name, policy, dtype, 3, g)
+    ids = torch.tensor([[4, 0], [0, 0], [-1, 5]], dtype=torch.int32)
+    y = run("gathered_linear", x, w, ids, policy)
+    assert y.shape == (3, 2, N)
+    assert_rows(y.flatten(0, 1), routed.gathered_linear(x.float(), w, ids, numerics=numerics).flatten(0, 1))
+    assert (y[2] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS[:1] + FORMATS[5:])
-def test_masked(name, policy, dtype, platform, g):
-    w, numerics, x, xq = setting(name, policy, dtype, E * 20, platform, g)
-    counts = torch.tensor([0, 20, 3, 1, 17], dtype=torch.int32)
-    y = grouped.grouped_matmul(xq, w, counts, platform, rows="masked", out_dtype=F32).view(E, 20, N)
+@pytest.mark.parametrize(("name", "policy", "dtype"), FORMATS)
+def test_masked(name, policy, dtype, g):
+    """No row, all rows, a tile and a bit; NaN in rows that hold no token."""
+    w, numerics, x = setting(name, policy, dtype, E * 40, g)
+    x, counts = x.view(E, 40, K), torch.tensor([0, 40, 3, 1, 33], dtype=torch.int32)
     for e, count in enumerate(counts.tolist()):
-        if count:
-            rows = x.view(E, 20, K)[e, :count].float()
-            assert_rows(y[e, :count], reference.linear(rows, w[e], numerics=numerics))
+        x[e, count:] = torch.nan
+    y = run("masked_linear", x, w, counts, policy)
+    assert_rows(y.flatten(0, 1), routed.masked_linear(x.float(), w, counts, numerics=numerics).flatten(0, 1))
+
+
+@pytest.mark.parametrize("op", ["grouped_linear", "masked_linear", "gathered_linear"])
+def test_levels_stored_beside_the_weight(op, g):
+    """NVFP4 with an `input_scale` for each expert: no maximum is taken."""
+    w, numerics, x = setting("nvfp4", "checkpoint", F32, E * 2, g)
+    w = replace(w, input_scale=torch.rand(E, generator=g) * 1e-2 + 1e-3)
+    where = {
+        "grouped_linear": torch.tensor([2, 2, 5, 9, 10], dtype=torch.int32),
+        "masked_linear": torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32),
+        "gathered_linear": torch.randint(-1, E, (E * 2, 3), generator=g, dtype=torch.int32),
+    }[op]
+    x = x.view(E, 2, K) if op == "masked_linear" else x
+    define = reference.grouped_linear if op == "grouped_linear" else getattr(routed, op)
+    y = run(op, x, w, where, "checkpoint")
+    assert_rows(y.reshape(-1, N), define(x, w, where, numerics=numerics).reshape(-1, N))
 
 
 def test_one_row_for_many_experts(platform, g):
-    w, numerics, x, _ = setting("fp8_128x128", "checkpoint", F32, 1, platform, g)
+    w, numerics, x = setting("fp8_128x128", "checkpoint", F32, 1, g)
     offsets = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
     y = grouped.grouped_linear(x, w, offsets, numerics, F32, platform)
     assert_rows(y, reference.grouped_linear(x, w, offsets, numerics=numerics))
 
 
 def test_wrong_shapes_are_named(platform, g):
-    w, _, _, xq = setting("fp8_128x128", "checkpoint", F32, 3, platform, g)
+    w, _, x = setting("fp8_128x128", "checkpoint", F32, 3, g)
     with pytest.raises(ShapeError, match=r"grouped \(sorted\): x \[3, 192\], w \[5, 72, 192\] and where \[4\]"):
-        grouped.grouped_matmul(xq, w, torch.zeros(4, dtype=torch.int32), platform)
+        grouped.grouped_matmul(x, w, torch.zeros(4, dtype=torch.int32), platform)
