@@ -136,6 +136,7 @@ EXECUTED = [
     Line("grouped mxfp4 w4a8", "pvc", _GROUPED, [_grouped("mxfp4", numerics="deepseek_v4")]),
     Line("grouped mxfp4 w4a16", "pvc", _GROUPED, [_grouped("mxfp4", numerics="weight_only")]),
     Line("grouped mxfp4 w4a16", "dg2", _GROUPED, [_grouped("mxfp4", numerics="weight_only")]),
+    Line("grouped nvfp4 w4a4", "pvc", _GROUPED, [_grouped("nvfp4")]),
     Line("grouped nvfp4 w4a16", "bmg", _GROUPED, [_grouped("nvfp4", numerics="weight_only")]),
 ]  # fmt: skip
 

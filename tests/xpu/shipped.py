@@ -26,7 +26,7 @@ MULTIPLIED = [
 ]  # fmt: skip
 EXPERTS = [
     ("fp8_128x128", "checkpoint"), ("fp8_128x128", "weight_only"), ("mxfp4", "deepseek_v4"), ("mxfp4", "weight_only"),
-    ("nvfp4", "weight_only"),
+    ("nvfp4", "checkpoint"), ("nvfp4", "weight_only"),
 ]  # fmt: skip
 QUANTIZED = [
     ("fp8_1x128", "row"), ("fp8_1x128", "tma"), ("fp8_1x128_ue8m0", "ue8m0x4"), ("fp8_1x32_ue8m0", "row"),
@@ -58,6 +58,13 @@ def experts(target: str, name: str, numerics: str) -> None:
         grouped.grouped_linear(x, w, ends, get_numerics(numerics), BF16, platform_of(target))
 
 
+def routed(target: str, name: str, numerics: str, rows: grouped.Rows) -> None:
+    """Rows in a buffer for each expert (64 of them), or as they came, two experts each."""
+    ends = torch.empty(8, dtype=torch.int32) if rows == "masked" else torch.empty(64, 2, dtype=torch.int32)
+    x, w = torch.empty(8 * 64 if rows == "masked" else 64, 2048, dtype=BF16), weight(name, 512, 2048, 8)
+    grouped.grouped_linear(x, w, ends, get_numerics(numerics), BF16, platform_of(target), rows=rows)
+
+
 def quantizer(target: str, name: str, layout: str) -> None:
     for rows in (1, 4096):
         quantize.quantize(torch.empty(rows, 2048, dtype=BF16), get_format(name), platform_of(target), layout=layout)
@@ -82,6 +89,9 @@ def shipped(target: str) -> dict[str, list[dict[str, Any]]]:
         calls[f"linear {name} {policy}"] = lambda n=name, p=policy: multiply(target, n, p)  # type: ignore[misc]
     for name, policy in EXPERTS:
         calls[f"grouped {name} {policy}"] = lambda n=name, p=policy: experts(target, n, p)  # type: ignore[misc]
+    for name, policy in (("fp8_128x128", "checkpoint"), ("mxfp4", "weight_only")):
+        calls[f"grouped masked {name} {policy}"] = lambda n=name, p=policy: routed(target, n, p, "masked")  # type: ignore[misc]
+        calls[f"grouped pairs {name} {policy}"] = lambda n=name, p=policy: routed(target, n, p, "pairs")  # type: ignore[misc]
     found = {}
     for row, call in calls.items():
         with executing(None, target) as log:

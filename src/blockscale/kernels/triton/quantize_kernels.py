@@ -151,7 +151,7 @@ def rmsnorm_kernel(
             x = tl.load(x_ptr + row * x_row + col, mask=mask, other=0.0).to(tl.float32)
             total += x * x
     mean = tl.sum(tl.sum(total, axis=2), axis=1)[:, None, None] / cols
-    # Intel's correctly rounded square root needs fp64, which DG2 lacks; its other one is as good where no byte hangs on it.
+    # Intel's correctly rounded square root needs fp64, which DG2 lacks, and no byte of this depends on the last bit.
     root = tl.sqrt(mean + eps) if DIVIDE == "ieee" else tl.sqrt_rn(mean + eps)
     inverse = tl.div_rn(1.0, root)
     for first in range(0, padded_groups, G):
