@@ -84,6 +84,7 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("cdna", "*"): (128, 128, 64, 8, 2),
     ("rdna", "*"): (64, 64, 64, 4, 2),
     ("xpu", "*"): (64, 128, 32, 16, 2),
+    ("dg2", "*"): (64, 32, 32, 16, 2),  # no matrix instruction from Intel's Triton: more than 4 sums a lane spill
     ("cpu", "*"): (32, 32, 64, 4, 1),  # Triton's interpreter
     ("*", "native"): (128, 128, 128, 8, 2),
     ("*", "codec"): (128, 128, 32, 8, 3),
@@ -102,6 +103,7 @@ _SMALL: dict[tuple[str, str], tuple[int, int, int, int, bool]] = {
     ("cdna", "*"): (64, 128, 4, 2, False),
     ("rdna", "*"): (64, 64, 4, 2, False),
     ("xpu", "*"): (64, 32, 8, 2, False),
+    ("dg2", "*"): (32, 32, 16, 2, False),
     ("*", "*"): (64, 128, 4, 3, False),
 }
 _MEASURED = {"sm_90"}
@@ -117,7 +119,7 @@ def family(platform: Platform) -> str:
         return exact.get(platform.capability) or f"sm_{known[-1] if known else 75}"
     if platform.kind == "rocm":
         return "cdna" if platform.arch.startswith("gfx9") else "rdna"
-    return platform.kind
+    return "dg2" if platform.kind == "xpu" and platform.arch == "dg2" else platform.kind
 
 
 def multiprocessors(platform: Platform) -> int:
@@ -143,7 +145,8 @@ def gemm_tile(
     if path == "tma" and k <= 2048:  # short sums: a third program hides more of the beginnings and ends
         tile = replace(tile, stages=3, programs=3, registers=168, entry=tile.entry + ", K <= 2048")
     if m <= 128 and not invariant:  # half the rows: twice the programs
-        tile = replace(tile, bm=min(tile.bm, 64), warps=min(tile.warps, 4), entry=tile.entry + ", M <= 128")
+        warps = tile.warps if platform.kind == "xpu" else min(tile.warps, 4)  # Intel's spill with fewer
+        tile = replace(tile, bm=min(tile.bm, 64), warps=warps, entry=tile.entry + ", M <= 128")
     return _fit(tile, k, span)
 
 

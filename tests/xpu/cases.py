@@ -6,6 +6,7 @@ every edge below is ragged against. The kernels, their constants and their launc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,62 +53,122 @@ class GroupedLinear(family.GroupedLinear):
     accumulation_error = 0.0
 
 
-_QUANTIZE = family.Quantize()
+_QUANTIZE, _SWIGLU, _RMSNORM = family.Quantize(), family.SwigluQuantize(), family.RmsnormQuantize()
+_LINEAR, _GROUPED = Linear(), GroupedLinear()
 W8A8 = "fp8_128x128"
-GROUPS = [
-    Case("quantize", "fp8_1x128", 5, 0, 384, F32),
-    Case("quantize", "fp8_1x128", 5, 0, 384, F32, edge="nonfinite"),
-    Case("quantize", "fp8_1x128", 5, 0, 384, F32, edge="tiny"),
-    Case("quantize", "fp8_1x128", 5, 0, 384, F32, edge="ties"),
-    Case("quantize", "fp8_1x128", 3, 0, 384, F32, edge="zeros"),
-]
-EXECUTED: list[tuple[str, str, Any, list[Case]]] = [
-    # kernel, target, the kernel class, cases of one or two builds
-    ("quantize 1x128", "pvc", _QUANTIZE, GROUPS),
-    ("quantize 1x128 ragged", "dg2", _QUANTIZE, [Case("quantize", "fp8_1x128", 3, 0, 576 - 24)]),
-    ("quantize 1x128 ue8m0", "bmg", _QUANTIZE, [Case("quantize", "fp8_1x128_ue8m0", 7, 0, 576)]),
-    ("quantize 16x32", "pvc", _QUANTIZE, [Case("quantize", "fp8_16x32", 21, 0, 72)]),
-    ("quantize mxfp4", "pvc", _QUANTIZE, [Case("quantize", "mxfp4", 3, 0, 96), Case("quantize", "mxfp4", 5, 0, 96)]),
-    ("swiglu quantize", "pvc", family.SwigluQuantize(), [Case("swiglu_quantize", "fp8_1x128", 3, 0, 384)]),
-    ("linear w8a8", "pvc", Linear(), [Case("linear", W8A8, m, 72, 200) for m in (35, 50)]),
-    ("linear w8a8", "bmg", Linear(), [Case("linear", W8A8, 35, 72, 200)]),
-    ("linear w8a8", "dg2", Linear(), [Case("linear", W8A8, 35, 72, 200)]),
-    ("linear w8a16", "pvc", Linear(), [Case("linear", W8A8, 35, 72, 200, numerics="weight_only")]),
-    ("grouped w8a8", "pvc", GroupedLinear(), [Case("grouped_linear", W8A8, m, 72, 200, groups=5) for m in (37, 9)]),
-]
+EDGES = ("nonfinite", "tiny", "ties", "zeros")
 
 
-def linears_split_k() -> tuple[str, str, Any, list[Case]]:
-    return "linear w8a8 split-K", "pvc", Linear(), [Case("linear", W8A8, 5, 72, 384)]
+def _quantize(name: str, rows: int, cols: int, *, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Case:
+    return Case("quantize", name, rows, 0, cols, dtype, **more)
+
+
+def _linear(name: str, *, m: int = 35, k: int = 200, numerics: str = "checkpoint", **more: Any) -> Case:
+    return Case("linear", name, m, 72, k, numerics=numerics, **more)
+
+
+def _grouped(name: str, *, m: int = 37, numerics: str = "checkpoint") -> Case:
+    return Case("grouped_linear", name, m, 72, 200, numerics=numerics, groups=5)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Cases that share one or two OpenCL builds. split, decode_first: of the multiplication, whatever tuning says."""
+
+    name: str
+    target: str
+    kernel: Any
+    cases: list[Case]
+    split: int = 1
+    decode_first: bool = False
+
+
+EXECUTED = [
+    Line("quantize 1x128", "pvc", _QUANTIZE, [
+        _quantize("fp8_1x128", 5, 384, dtype=F32), *(_quantize("fp8_1x128", 5, 384, dtype=F32, edge=e) for e in EDGES),
+    ]),
+    Line("quantize 1x128 ragged", "dg2", _QUANTIZE, [_quantize("fp8_1x128", 3, 552)]),
+    Line("quantize 1x128 tma", "bmg", _QUANTIZE, [_quantize("fp8_1x128", 7, 576, layout="tma")]),
+    Line("quantize 1x128 ue8m0", "bmg", _QUANTIZE, [
+        _quantize("fp8_1x128_ue8m0", 7, 576), *(_quantize("fp8_1x128_ue8m0", 5, 576, edge=e) for e in EDGES),
+    ]),
+    Line("quantize 1x128 ue8m0 packed", "pvc", _QUANTIZE, [_quantize("fp8_1x128_ue8m0", 7, 576, layout="ue8m0x4")]),
+    Line("quantize 1x64 fp16", "pvc", _QUANTIZE, [_quantize("fp8_1x64", 5, 200, dtype=torch.float16)]),
+    Line("quantize 16x32", "pvc", _QUANTIZE, [_quantize("fp8_16x32", 21, 72)]),
+    Line("quantize row", "pvc", _QUANTIZE, [_quantize("fp8_row", 5, 200)]),
+    Line("quantize tensor", "dg2", _QUANTIZE, [_quantize("fp8_tensor", 5, 200)]),
+    Line("quantize given scales", "pvc", _QUANTIZE, [_quantize("fp8_1x128", 5, 384, dtype=F32, edge="static")]),
+    Line("quantize fnuz", "pvc", _QUANTIZE, [_quantize("fp8fnuz_1x128", 5, 384, dtype=F32, edge="nonfinite")]),
+    Line("quantize mxfp8", "pvc", _QUANTIZE, [_quantize("mxfp8", 5, 96), _quantize("mxfp8", 5, 96, edge="nonfinite")]),
+    Line("quantize mxfp4", "pvc", _QUANTIZE, [
+        _quantize("mxfp4", 3, 96), *(_quantize("mxfp4", 5, 96, edge=e) for e in EDGES),
+    ]),
+    Line("quantize mxfp4", "dg2", _QUANTIZE, [_quantize("mxfp4", 5, 104)]),
+    Line("quantize nvfp4", "bmg", _QUANTIZE, [_quantize("nvfp4", 5, 104), _quantize("nvfp4", 5, 104, edge="zeros")]),
+    Line("swiglu quantize", "pvc", _SWIGLU, [Case("swiglu_quantize", "fp8_1x128", 3, 0, 384)]),
+    Line("swiglu quantize ue8m0 ragged", "dg2", _SWIGLU, [Case("swiglu_quantize", "fp8_1x32_ue8m0", 5, 0, 200)]),
+    Line("rmsnorm quantize", "bmg", _RMSNORM, [Case("rmsnorm_quantize", "fp8_1x128", 3, 0, 328)]),
+    Line("linear w8a8", "pvc", _LINEAR, [_linear(W8A8, m=m) for m in (35, 50)]),
+    Line("linear w8a8", "bmg", _LINEAR, [_linear(W8A8)]),
+    Line("linear w8a8", "dg2", _LINEAR, [_linear(W8A8)]),
+    Line("linear w8a8 split-K", "pvc", _LINEAR, [_linear(W8A8, m=5, k=384)], split=2),
+    Line("linear w8a8 decoded first", "pvc", _LINEAR, [_linear(W8A8)], decode_first=True),
+    Line("linear w8a8 fp32 edges", "pvc", _LINEAR, [
+        _linear(W8A8, x_dtype=F32, edge=e) for e in ("bias", "nan_row", "all_codes", "strided")
+    ]),
+    Line("linear w8a8 ue8m0 32x32", "pvc", _LINEAR, [_linear("fp8_32x32_ue8m0", numerics="deepseek_v4_1")]),
+    Line("linear w8a8 ue8m0 1x64", "pvc", _LINEAR, [_linear("fp8_1x64_ue8m0")]),
+    Line("linear w8a8 row", "bmg", _LINEAR, [_linear("fp8_row")]),
+    Line("linear w8a8 tensor", "dg2", _LINEAR, [_linear("fp8_tensor")]),
+    Line("linear e5m2", "pvc", _LINEAR, [_linear("fp8e5m2_128x128")]),
+    Line("linear fnuz", "dg2", _LINEAR, [_linear("fp8fnuz_128x128")]),
+    Line("linear w8a16", "pvc", _LINEAR, [_linear(W8A8, numerics="weight_only")]),
+    Line("linear w8a16 fp16", "dg2", _LINEAR, [_linear(W8A8, numerics="weight_only", x_dtype=torch.float16)]),
+    Line("linear w8a16 ue8m0 64x64", "dg2", _LINEAR, [_linear("fp8_64x64_ue8m0", numerics="weight_only")]),
+    Line("linear mxfp4 w4a8", "bmg", _LINEAR, [_linear("mxfp4", numerics="deepseek_v4")]),
+    Line("linear mxfp4 w4a8 1x32", "pvc", _LINEAR, [_linear("mxfp4")]),
+    Line("linear mxfp4 w4a16", "pvc", _LINEAR, [_linear("mxfp4", numerics="weight_only")]),
+    Line("linear mxfp4 w4a16", "dg2", _LINEAR, [_linear("mxfp4", numerics="weight_only")]),
+    Line("linear nvfp4 w4a4", "pvc", _LINEAR, [_linear("nvfp4", k=208)]),
+    Line("linear nvfp4 w4a16", "bmg", _LINEAR, [_linear("nvfp4", numerics="weight_only")]),
+    Line("grouped w8a8", "pvc", _GROUPED, [_grouped(W8A8, m=m) for m in (37, 9)]),
+    Line("grouped w8a8", "dg2", _GROUPED, [_grouped(W8A8)]),
+    Line("grouped mxfp4 w4a8", "pvc", _GROUPED, [_grouped("mxfp4", numerics="deepseek_v4")]),
+    Line("grouped mxfp4 w4a16", "pvc", _GROUPED, [_grouped("mxfp4", numerics="weight_only")]),
+    Line("grouped mxfp4 w4a16", "dg2", _GROUPED, [_grouped("mxfp4", numerics="weight_only")]),
+    Line("grouped nvfp4 w4a4", "pvc", _GROUPED, [_grouped("nvfp4")]),
+    Line("grouped nvfp4 w4a16", "bmg", _GROUPED, [_grouped("nvfp4", numerics="weight_only")]),
+]  # fmt: skip
 
 
 @contextmanager
-def small_tiles(split: int = 1) -> Iterator[None]:
-    """32x32x32 for multiplications, two groups for quantizers."""
-    held = gemm.gemm_tile, grouped.gemm_tile, quantize.quantize_tile
+def small_tiles(split: int = 1, *, decode_first: bool = False) -> Iterator[None]:
+    """32x32x32 for multiplications (64 deep where scales of 64 are folded), two groups for quantizers."""
+    held = gemm.gemm_tile, grouped.gemm_tile, quantize.quantize_tile, gemm.DECODE_FIRST
 
     def tile(*args: Any, **kwargs: Any) -> GemmTile:
         return replace(held[0](*args, **kwargs), bm=32, bn=32, bk=32, warps=4, stages=2, split=split, swap=False)
 
     gemm.gemm_tile = grouped.gemm_tile = tile
     quantize.quantize_tile = lambda *args, **kwargs: QuantizeTile(2, 1, 4, "small, for OpenCL")
+    gemm.DECODE_FIRST = 1 if decode_first else held[3]
     try:
         yield
     finally:
-        gemm.gemm_tile, grouped.gemm_tile, quantize.quantize_tile = held
+        gemm.gemm_tile, grouped.gemm_tile, quantize.quantize_tile, gemm.DECODE_FIRST = held
 
 
-def execute(worker: Worker, name: str, target: str, kernel: Any, cases: list[Case], split: int = 1) -> Row:
+def execute(worker: Worker, line: Line) -> Row:
     """Compile, run and compare all cases of one line."""
-    quantizes = cases[0].op == "quantize"
-    row = Row(name, target, "executed", 0, max_error=None if quantizes else 0.0)
-    count = 0
-    with small_tiles(split), executing(worker, target) as log:
-        for case in cases:
-            failure, error = conformance.check(kernel, case)
+    quantizes = line.cases[0].op == "quantize"
+    row = Row(line.name, line.target, "executed", 0, max_error=None if quantizes else 0.0)
+    count, began = 0, time.monotonic()
+    with small_tiles(line.split, decode_first=line.decode_first), executing(worker, line.target) as log:
+        for case in line.cases:
+            failure, error = conformance.check(line.kernel, case)
             row.cases += 1
             if failure:
-                row.fault = f"{failure.case}: at {failure.coordinate} got {failure.got}, want {failure.want}"
+                row.fault = f"{failure.case}: at {failure.coordinate} got {failure.got}, want {failure.want}"[-900:]
                 break
             if quantizes:
                 count += case.m * case.k
@@ -115,7 +176,7 @@ def execute(worker: Worker, name: str, target: str, kernel: Any, cases: list[Cas
                 row.max_error = max(row.max_error or 0.0, error)
     row.equal_bytes = f"{count} of {count}" if quantizes and not row.fault else None
     row.dpas = sum(launch["dpas"] for launch in log.launches) or None
-    row.seconds = round(sum(launch["compile_s"] + launch["build_s"] + launch["run_s"] for launch in log.launches), 1)
+    row.seconds = round(time.monotonic() - began, 1)
     if not log.launches and not row.fault:
         row.fault = "nothing was launched"
     return row
@@ -161,40 +222,3 @@ def decode_all(worker: Worker, target: str, element: str, dtype: torch.dtype) ->
         gemm_kernels.decode_kernel[(1,)](codes, got, 256, KIND=element, BLOCK=256)
     want = codes.view(get_format(f"{element}_tensor").element.dtype).float()
     return got.float().nan_to_num(12345.0), want.nan_to_num(12345.0)
-
-
-# -- what ships, compiled -----------------------------------------------------------------------------------------
-
-
-def shipped(target: str) -> dict[str, list[dict[str, Any]]]:
-    """Launches with the tiles that `tuning` chooses for a layer of DeepSeek-V3: recorded, not run."""
-    platform = platform_of(target)
-
-    def weight(name: str, n: int, k: int, experts: int = 0) -> Any:
-        from blockscale.tensor import BlockScaled
-
-        fmt, lead = get_format(name), (experts,) if experts else ()
-        data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=fmt.element.dtype)
-        scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=fmt.scale_dtype)
-        return BlockScaled.trusted(data, scale, fmt, "row", (*lead, n, k))
-
-    from blockscale.numerics import get_numerics
-
-    bf16 = torch.bfloat16
-    x, w = torch.empty(4096, 2048, dtype=bf16), weight(W8A8, 576, 2048)
-    experts, ends = weight("mxfp4", 512, 2048, 8), torch.empty(8, dtype=torch.int32)
-    calls = {
-        "quantize 1x128": lambda: quantize.quantize(x, get_format("fp8_1x128"), platform, layout="tma"),
-        "linear w8a8 M=4096": lambda: gemm.linear(x, w, None, get_numerics("deepseek_v3"), bf16, platform),
-        "linear w8a8 M=1": lambda: gemm.linear(x[:1], w, None, get_numerics("deepseek_v3"), bf16, platform),
-        "linear w8a16 M=4096": lambda: gemm.linear(x, w, None, get_numerics("weight_only"), bf16, platform),
-        "grouped mxfp4 w4a16": lambda: grouped.grouped_linear(
-            x, experts, ends, get_numerics("weight_only"), bf16, platform
-        ),
-    }
-    found = {}
-    for name, call in calls.items():
-        with executing(None, target) as log:
-            call()
-        found[name] = log.requests[-1:]  # the quantizer before a multiplication is a line of its own
-    return found

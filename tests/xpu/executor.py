@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import pickle
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,33 +30,50 @@ OPTIONS = ("num_warps", "num_stages", "grf_mode")
 
 
 class Worker:
-    """The process in the XPU venv."""
+    """The process in the XPU venv, started when it is asked and again after it died: compilers abort, builds hang.
 
-    def __init__(self, python: Path) -> None:
-        script = Path(__file__).with_name("worker.py")
-        sources = Path(blockscale.__file__).parent
-        self.process = subprocess.Popen(
-            [python, script, sources], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"}
+    cache: folder for what was compiled and built, keyed by its source: a second run needs neither.
+    """
+
+    def __init__(self, python: Path, cache: Path, limit_s: float = 600.0) -> None:
+        self.python, self.cache, self.limit_s = python, cache, limit_s
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> subprocess.Popen[bytes]:
+        script, sources = Path(__file__).with_name("worker.py"), Path(blockscale.__file__).parent
+        self.cache.mkdir(parents=True, exist_ok=True)
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(self.cache), "TRITON_CACHE_DIR": str(self.cache / "triton")}
+        return subprocess.Popen(
+            [self.python, script, sources, self.cache], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request. Raises RuntimeError with what went wrong over there."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        pickle.dump(request, self.process.stdin)
-        self.process.stdin.flush()
+        """One request. Raises RuntimeError with what went wrong over there, or that it took longer than the limit."""
+        process = self.process = self.process or self.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        late = threading.Timer(self.limit_s, process.kill)
+        late.start()
         try:
-            answer: dict[str, Any] = pickle.load(self.process.stdout)
-        except EOFError as e:
-            raise RuntimeError(f"the worker died on {request['kernel']} for {request['target']}") from e
+            pickle.dump(request, process.stdin)
+            process.stdin.flush()
+            answer: dict[str, Any] = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as e:
+            self.process = None
+            status = process.wait()
+            how = f"over {self.limit_s:.0f} s" if late.finished.is_set() and status == -9 else f"status {status}"
+            raise RuntimeError(f"the worker died ({how}) on {request['kernel']} for {request['target']}") from e
+        finally:
+            late.cancel()
         if "error" in answer:
             raise RuntimeError(f"{request['kernel']} for {request['target']}: {answer['error']}")
         return answer
 
     def close(self) -> None:
-        if self.process.stdin is not None:
+        if self.process is not None:
+            assert self.process.stdin is not None
             self.process.stdin.close()
-        self.process.wait(30)
+            self.process.wait(30)
 
 
 @dataclass

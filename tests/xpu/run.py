@@ -1,122 +1,111 @@
 """`make test-xpu`: our Triton kernels through Intel's compiler, on this CPU, without Intel hardware.
 
-    python tests/xpu/run.py [--venv build/xpu-venv] [--out build/xpu.json] [--only codec|executed|compiled]
+    python tests/xpu/run.py [--folder build/xpu] [--out build/xpu.json] [--only codec|executed|compiled]… [--match TEXT]
 
 Installs what it needs: a venv of its own with triton-xpu (it takes the package name `triton`), Intel's CPU OpenCL
 runtime and pyopencl; and `ocloc` from Debian, as root. Writes one row for each kernel, target and stage, and exits 1
-if any is wrong. What this can and cannot show is in docs/xpu.md.
+if any is wrong. What was compiled and built is kept beside the venv, keyed by its source, for the next run. What this
+can and cannot show is in docs/xpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases import EXECUTED, Row, decode_all, encode_all, execute, linears_split_k, shipped
+from cases import EXECUTED, Row, decode_all, encode_all, execute
 from executor import Worker
+from install import ocloc, venv_python, versions
+from shipped import shipped
 
 from blockscale.kernels.triton import capability
 from blockscale.platform import Platform
 
-REQUIREMENTS = (
-    "triton-xpu==3.3.0b1",
-    "pyopencl==2026.1.4",
-    "intel-opencl-rt==2026.2.0",
-    "intel-cmplr-lib-rt==2026.2.0",  # needed by intel-opencl-rt, which does not say so
-    "numpy<3",
-)
 TARGETS = ("pvc", "bmg", "dg2")
-OCLOC_PACKAGES = ("intel-ocloc", "intel-opencl-icd")
-"""Where Debian has it: a package of its own since trixie, before that beside the OpenCL driver."""
+MULTIPLIES = ("linear", "grouped")
 
 
-def venv_python(folder: Path) -> Path:
-    """The interpreter of the XPU venv, made and filled if it is not there."""
-    python = folder / "bin" / "python"
-    stamp = folder / ".ready"
-    if not stamp.exists() or stamp.read_text() != "\n".join(REQUIREMENTS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-        stamp.write_text("\n".join(REQUIREMENTS))
-    return python
-
-
-def ocloc() -> str | None:
-    """Intel's offline compiler, installed if that is possible."""
-    if not shutil.which("ocloc") and shutil.which("apt-get") and os.geteuid() == 0:
-        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
-        subprocess.run(["apt-get", "update"], **quiet)
-        for package in OCLOC_PACKAGES:
-            subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", package], **quiet)
-    return shutil.which("ocloc")
-
-
-def machine_code(tool: str, name: str, spv: bytes, flags: str) -> Row:
-    """PVC machine code of a launch, and how many registers the compiler spilled."""
-    row = Row(name, "pvc", "machine code", 1)
-    began = time.monotonic()
+def machine_code(tool: str, target: str, spv: bytes, flags: str) -> tuple[int, str]:
+    """Machine code of one launch: (registers that the compiler spilled, what went wrong)."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "k.spv").write_bytes(spv)
-        command = [tool, "compile", "-spirv_input", "-file", "k.spv", "-device", "pvc", "-out_dir", ".", "-output", "k"]
-        command += ["-options", flags] if flags else []
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
-        made = [p for p in Path(folder).iterdir() if p.suffix == ".bin"]
+        command = [tool, "compile", "-spirv_input", "-file", "k.spv", "-device", target, "-out_dir", "."]
+        command += ["-output", "k", *(["-options", flags] if flags else [])]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, check=False, timeout=600, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            return 0, "ocloc: over 600 s"
+        made = [p for p in Path(folder).iterdir() if p.suffix == ".bin" and p.stat().st_size]
     said = done.stdout + done.stderr
-    spilled = [int(n) for n in re.findall(r"spilled around (\d+)", said)]
-    row.spills, row.seconds = sum(spilled), round(time.monotonic() - began, 1)
-    if done.returncode or not made:
-        row.fault = f"ocloc: {said.strip()[-300:]}"
-    elif row.spills:
-        row.fault = f"{row.spills} registers spilled in a tile that ships"
-    return row
+    spilled = sum(int(n) for n in re.findall(r"spilled around (\d+)", said))
+    return spilled, "" if done.returncode == 0 and made else f"ocloc: {said.strip()[-300:]}"
 
 
-def compiled(worker: Worker) -> Iterator[Row]:
-    """Every launch that ships, for every target; PVC's go on to machine code."""
-    tool = ocloc()
-    for target in TARGETS:
-        for name, requests in shipped(target).items():
-            row = Row(name, target, "compiled", len(requests), dpas=0, seconds=0.0)
-            binaries = []
-            try:
-                for request in requests:
-                    answer = worker.ask(do="compile", **{**request, "buffers": {}})
-                    binaries.append((answer["spv"], answer["flags"]))
-                    row.dpas = (row.dpas or 0) + answer["dpas"]
-                    row.seconds = round((row.seconds or 0.0) + answer["compile_s"], 1)
-            except RuntimeError as e:
-                row.fault = str(e)[:600]
-            multiplies = name.startswith(("linear", "grouped"))
-            if not row.fault and bool(row.dpas) != (multiplies and target != "dg2"):
-                row.fault = f"{row.dpas} matrix instructions, expected {'some' if multiplies else 'none'}"
+def compiled(worker: Worker, match: str = "") -> Iterator[Row]:
+    """Every launch that ships, for every target, and on to machine code where the installed ocloc knows the chip."""
+    tool, why = ocloc()
+    if tool is None:
+        yield Row("ocloc", "all", "machine code", 0, fault=why)
+    with ThreadPoolExecutor(2) as pool:
+        waiting: list[tuple[Row, list[Future[tuple[int, str]]]]] = []
+        for target in TARGETS:
+            known = tool is not None and "Cannot get HW Info" not in machine_code(tool, target, b"", "")[1]
+            for name, requests in shipped(target).items():
+                if match not in name:
+                    continue
+                row, binaries = compile_row(worker, name, target, requests)
+                yield row
+                if known and not row.fault:
+                    jobs = [pool.submit(machine_code, tool or "", target, *b) for b in binaries]
+                    waiting.append((Row(name, target, "machine code", len(jobs)), jobs))
+        for row, jobs in waiting:
+            row.spills = sum(job.result()[0] for job in jobs)
+            row.fault = next((job.result()[1] for job in jobs if job.result()[1]), None)
+            if row.spills and not row.fault:
+                row.fault = f"{row.spills} registers spilled in a tile that ships"
             yield row
-            if target == "pvc" and not row.fault:
-                if tool is None:
-                    yield Row(name, target, "machine code", 0, fault="no ocloc: install Debian's intel-ocloc as root")
-                for spv, flags in binaries if tool else []:
-                    yield machine_code(tool or "", name, spv, flags)
 
 
-def executed(worker: Worker) -> Iterator[Row]:
+def compile_row(
+    worker: Worker, name: str, target: str, requests: list[dict[str, object]]
+) -> tuple[Row, list[tuple[bytes, str]]]:
+    """All launches of a row as SPIR-V: (row, each different binary with its flags)."""
+    row, began, binaries = Row(name, target, "compiled", len(requests), dpas=0), time.monotonic(), {}
+    multiplies = name.startswith(MULTIPLIES)
+    try:
+        for request in requests:
+            answer = worker.ask(do="compile", **request)
+            binaries[answer["spv"], answer["flags"]] = answer["dpas"]
+            if bool(answer["dpas"]) != (multiplies and target != "dg2"):
+                row.fault = f"{answer['dpas']} matrix instructions, expected {'some' if multiplies else 'none'}"
+    except RuntimeError as e:
+        row.fault = str(e)[-600:]
+    row.dpas, row.seconds = sum(binaries.values()), round(time.monotonic() - began, 1)
+    return row, list(binaries)
+
+
+def executed(worker: Worker, match: str = "") -> Iterator[Row]:
     for line in EXECUTED:
-        yield execute(worker, *line)
-    yield execute(worker, *linears_split_k(), split=2)
+        if match in line.name:
+            yield execute(worker, line)
 
 
-def codec(worker: Worker) -> Iterator[Row]:
+def codec(worker: Worker, match: str = "") -> Iterator[Row]:
     """Encode and decode of every element, exhaustively, and the compiler's own cast, which is known to be wrong."""
+    if match:
+        return
     for target, element in (("pvc", "fp8"), ("dg2", "fp8"), ("pvc", "fp8e5m2"), ("pvc", "fp8fnuz")):
         yield _bytes(f"encode {element}", target, lambda t=target, e=element: encode_all(worker, t, e))
     for target, element, dtype in (
@@ -162,32 +151,42 @@ def native_cast(worker: Worker) -> Row:
     return row
 
 
-STAGES: dict[str, Callable[[Worker], Iterator[Row]]] = {"codec": codec, "executed": executed, "compiled": compiled}
+STAGES: dict[str, Callable[[Worker, str], Iterator[Row]]] = {
+    "codec": codec, "executed": executed, "compiled": compiled,
+}  # fmt: skip
+
+
+def text(row: Row) -> str:
+    what = row.equal_bytes or (f"{row.max_error:.3g} of the bound" if row.max_error is not None else "")
+    what += f" {row.spills} spills" if row.spills is not None else ""
+    seconds = "" if row.seconds is None else f"{row.seconds:.1f} s"
+    return f"{row.target:4} {row.stage:12} {row.kernel:42} {seconds:>8}  {what:22} {row.fault or 'ok'}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, default=Path("build/xpu-venv"))
+    parser.add_argument("--folder", type=Path, default=Path("build/xpu"), help="the venv and the caches")
     parser.add_argument("--out", type=Path, default=Path("build/xpu.json"))
     parser.add_argument("--only", choices=list(STAGES), action="append")
+    parser.add_argument("--match", default="", help="only rows of kernels whose name holds this (no codec rows)")
     chosen = parser.parse_args(argv)
-    worker = Worker(venv_python(chosen.venv.absolute()))
-    rows = []
     began = time.monotonic()
-    for stage in chosen.only or STAGES:
-        for row in STAGES[stage](worker):
-            rows.append(row)
-            what = row.equal_bytes or (f"{row.max_error:.3g} of the bound" if row.max_error is not None else "")
-            what += f" {row.spills} spills" if row.spills is not None else ""
-            print(f"{row.target:4} {row.stage:12} {row.kernel:36} {row.seconds or 0:6.1f} s  {what:28} "
-                  f"{row.fault or 'ok'}", flush=True)  # fmt: skip
-    worker.close()
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    versions = dict(r.split("==") for r in REQUIREMENTS if "==" in r)
-    chosen.out.write_text(json.dumps({"versions": versions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    folder = chosen.folder.absolute()
+    worker = Worker(venv_python(folder / "venv"), folder / "cache")
+    rows: list[Row] = []
+    try:
+        for stage in chosen.only or STAGES:
+            for row in STAGES[stage](worker, chosen.match):
+                rows.append(row)
+                print(text(row), flush=True)
+    finally:
+        worker.close()
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"versions": versions(), "seconds": round(time.monotonic() - began), "rows": [asdict(r) for r in rows]}
+        chosen.out.write_text(json.dumps(report, indent=1) + "\n")
     failed = sum(row.fault is not None for row in rows)
     print(f"{time.monotonic() - began:.0f} s -> {chosen.out}")
-    print(f"{len(rows) - failed} passed, {failed} failed")
+    print(f"{len(rows) - failed} passed, {failed} failed", flush=True)
     return int(failed > 0 or not rows)
 
 

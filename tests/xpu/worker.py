@@ -11,6 +11,7 @@ An answer is {"error": text} when something raised. Arguments are dicts of one o
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import pickle
 import re
@@ -23,10 +24,8 @@ import types
 import warnings
 from pathlib import Path
 
-SOURCES = Path(sys.argv[1])
-"""Folder of the package `blockscale`."""
-
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "blockscale-xpu-triton"))
+SOURCES, CACHE = Path(sys.argv[1]), Path(sys.argv[2])
+"""Folder of the package `blockscale`; where built programs are kept (Triton's own cache is in TRITON_CACHE_DIR)."""
 
 
 def bare_packages():
@@ -168,17 +167,27 @@ def program(key, kernel):
         _runtime.extend(opencl())
     cl, device, context = _runtime
     low = cl._cl
-    built = low._create_program_with_il(context, without_hints(kernel.asm["spv"]))
-    try:
-        if "matrix_mad" in kernel.asm["llir"]:
-            extra = cl.Program(context, Path(__file__).with_name("dpas.cl").read_text())._get_prg()
-            for part in (built, extra):
-                part.compile(b"", [device], [])
-            built = low._Program.link(context, [built, extra], b"", [device])
-        else:
-            built._build(options=b"", devices=[device])
-    except cl.Error as e:
-        raise RuntimeError(f"OpenCL build: {built.get_build_info(device, cl.program_build_info.LOG)}") from e
+    il, emulation = without_hints(kernel.asm["spv"]), Path(__file__).with_name("dpas.cl").read_text()
+    said = f"{device.platform.version} {device.name} {device.driver_version} {emulation}".encode()
+    kept = CACHE / f"{hashlib.sha256(said + il).hexdigest()}.cl"
+    if kept.exists():
+        built = low._Program(context, [device], [kept.read_bytes()])
+        built._build(options=b"", devices=[device])
+    else:
+        built = low._create_program_with_il(context, il)
+        try:
+            if "matrix_mad" in kernel.asm["llir"]:
+                extra = cl.Program(context, emulation)._get_prg()
+                for part in (built, extra):
+                    part.compile(b"", [device], [])
+                built = low._Program.link(context, [built, extra], b"", [device])
+            else:
+                built._build(options=b"", devices=[device])
+        except cl.Error as e:
+            raise RuntimeError(f"OpenCL build: {built.get_build_info(device, cl.program_build_info.LOG)}") from e
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_bytes(built.get_info(cl.program_info.BINARIES)[0])
+        part.replace(kept)
     _programs[key] = cl.Kernel(built, kernel.metadata.name)
     return _programs[key]
 

@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 aten = torch.ops.aten
 
 
-def indexed(x, index):
-    """x[index] by slice, select, unsqueeze and index."""
+def selected(x, index):
+    """(the view of x that an index's slices, numbers and Nones give, its tensors by dimension)."""
     index = index if isinstance(index, tuple) else (index,)
-    used = sum(1 for i in index if i is not None and i is not Ellipsis)
+    used = sum(i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1
+               for i in index if i is not None and i is not Ellipsis)  # fmt: skip
     full, dim, tensors = [], 0, []
     for i in index:
         full += [slice(None)] * (x.dim() - used) if i is Ellipsis else [i]
@@ -29,9 +30,26 @@ def indexed(x, index):
         elif isinstance(i, int):
             x = aten.select(x, dim, i)
         else:
-            tensors += [None] * (dim - len(tensors)) + [torch.as_tensor(i)]
-            dim += 1
+            i = torch.as_tensor(i)
+            tensors += [None] * (dim - len(tensors)) + [i]
+            dim += i.dim() if i.dtype == torch.bool else 1
+    return x, tensors
+
+
+def indexed(x, index):
+    """x[index] by slice, select, unsqueeze and index."""
+    x, tensors = selected(x, index)
     return aten.index(x, tensors) if tensors else x
+
+
+def assigned(x, index, value):
+    """x[index] = value."""
+    x, tensors = selected(x, index)
+    value = value if isinstance(value, torch.Tensor) else aten.full([], value, dtype=x.dtype, device=x.device)
+    if tensors:
+        aten.index_put_(x, tensors, value)
+    else:
+        aten.copy_(x, value)
 
 
 def moved(x, *args, **kwargs):
@@ -49,7 +67,7 @@ def moved(x, *args, **kwargs):
     return aten._to_copy(x, **kwargs) if kwargs else x
 
 
-REWRITTEN = {torch.Tensor.__getitem__: indexed, torch.Tensor.to: moved}
+REWRITTEN = {torch.Tensor.__getitem__: indexed, torch.Tensor.__setitem__: assigned, torch.Tensor.to: moved}
 OPERATORS = {"__invert__": "bitwise_not", "__and__": "bitwise_and", "__or__": "bitwise_or", "__eq__": "eq"}
 
 

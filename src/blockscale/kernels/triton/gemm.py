@@ -6,6 +6,7 @@ captured graph: as long as the graph), so replays and streams cannot meet in the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def matmul(
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((m, n), dtype=out_dtype)
+    tile = replace(tile, bk=max(tile.bk, how.folded))
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
     if tile.split > 1:

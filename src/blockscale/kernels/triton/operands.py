@@ -36,6 +36,12 @@ class Reading:
         """Elements of K that share scales; 0: all."""
         return int(self.constants["SPAN"])
 
+    @property
+    def folded(self) -> int:
+        """Widest group whose scales are folded into an operand, which a K step must hold whole; 0: none."""
+        c = self.constants
+        return max(int(c[f"{side}_GROUP"]) if c[f"{side}_SCALE"] == "fold" else 0 for side in "XW")
+
 
 def quantize_activations(
     x: Tensor,
@@ -62,7 +68,7 @@ def quantize_activations(
     if not is_grouped(fmt):
         return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout)
     values = None
-    if not _powers(fmt, fmt.scale_dtype):
+    if not _powers(fmt, fmt.scale_dtype, platform):
         fmt = replace(fmt, scale_dtype=torch.float32)
         element = "fp8fnuz" if layout == "fnuz" else fmt.element.name
         if layout == "row":
@@ -78,18 +84,18 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         path, compute = "weight_only", x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
         x_scale, x_group, x_kind = "none", 0, "value" if compute == x.dtype else "cast"
     else:
-        path, compute = "codec", compute_dtype(_powers(x.format, x.scale.dtype), w, platform)
+        path, compute = "codec", compute_dtype(_powers(x.format, x.scale.dtype, platform), w, platform)
         if x.data.dtype in _TL:
             compute = x.data.dtype
         elif _native(_element(x), w, platform):
             path = "native"
         if path != "native" and decode_first and x.format.element.bits == w.format.element.bits == 8:
             path = "decoded"
-        x_scale, x_group = _scaling(x, compute, path)
+        x_scale, x_group = _scaling(x, compute, path, platform)
         x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
         x_kind = x_kind or _kind(x, compute, platform)
         x_kind = _checked(x_kind, compute)
-    w_scale, w_group = _scaling(w, compute, path)
+    w_scale, w_group = _scaling(w, compute, path, platform)
     w_kind = "value" if path in ("native", "decoded") else _kind(w, compute, platform)
     if path == "codec":
         w_kind = _checked(w_kind, compute)
@@ -107,7 +113,7 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
 
 def compute_dtype(powers: bool, w: BlockScaled, platform: Platform) -> torch.dtype:
     """What decoded codes are multiplied in. fp16 holds every code; folded powers of two need bf16's exponent."""
-    powers = powers or _powers(w.format, w.scale.dtype)
+    powers = powers or _powers(w.format, w.scale.dtype, platform)
     return capability.bf16_dot(platform) if powers and platform.arch != "sm_75" else torch.float16
 
 
@@ -157,15 +163,18 @@ def _checked(kind: str, compute: torch.dtype) -> str:
     return "ptx checked" if kind == "ptx" and compute == torch.float16 else kind
 
 
-def _scaling(q: BlockScaled, compute: torch.dtype, path: str) -> tuple[str, int]:
+def _scaling(q: BlockScaled, compute: torch.dtype, path: str, platform: Platform) -> tuple[str, int]:
     """(how scales enter, elements of K that share one); see `tiles`."""
     group = q.format.block[1]
     if group is None or group >= q.shape[-1]:
         return "end", 0
-    exact = compute in (torch.bfloat16, torch.float32) if _powers(q.format, q.scale.dtype) else q.format.two_level
+    powers = _powers(q.format, q.scale.dtype, platform)
+    exact = compute in (torch.bfloat16, torch.float32) if powers else q.format.two_level
     return ("fold" if exact and path != "native" else "loop"), group
 
 
-def _powers(fmt: Format, scale_dtype: torch.dtype) -> bool:
-    """Scales that are powers of two, of groups so short that folding them into the operand pays."""
-    return scale_dtype == torch.float8_e8m0fnu and fmt.block[1] in (16, 32, 64)
+def _powers(fmt: Format, scale_dtype: torch.dtype, platform: Platform) -> bool:
+    """Scales that are powers of two, of groups so short that folding them into the operand pays: no longer than a K
+    step, and Intel's are 32 (64 would spill)."""
+    short = (16, 32) if platform.kind == "xpu" else (16, 32, 64)
+    return scale_dtype == torch.float8_e8m0fnu and fmt.block[1] in short

@@ -78,7 +78,7 @@ def quantize(
             whole_kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
                 floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
-                R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c,
+                R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c, **capability.quantize_options(platform, 4),
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -133,7 +133,8 @@ def rmsnorm_quantize(
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
             DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
             WHOLE=whole,
-            G=tile, C=_pow2(group), num_warps=8 if tile * _pow2(group) > 4096 else 4,
+            G=tile, C=_pow2(group),
+            **capability.quantize_options(platform, 8 if tile * _pow2(group) > 4096 else 4),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
@@ -180,7 +181,7 @@ def _groups(
             SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
             DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
             TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows, G=tile.groups, C=_pow2(group),
-            num_warps=tile.warps,
+            **capability.quantize_options(platform, tile.warps),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 

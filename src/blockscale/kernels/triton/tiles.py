@@ -81,9 +81,11 @@ def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP:
     """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
     GROUPS: tl.constexpr = tile.shape[1] // GROUP
     g = k0 // GROUP + tl.arange(0, GROUPS)
-    at = ptr + row[:, None] * s_row + g[None, :] * s_k
-    # Without a mask where none is needed: triton-xpu 3.3 aborts on that of a single group inside a loop.
-    raw = tl.load(at) if EVEN_K else tl.load(at, mask=(g * GROUP < k_end)[None, :], other=0)
+    if not EVEN_K:
+        # Elements past the end are zeros under any scale, so the last group serves them: triton-xpu 3.3 aborts on
+        # the mask of a single group inside a loop.
+        g = tl.minimum(g, (k_end - 1) // GROUP)
+    raw = tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k)
     scale = decode_scale(raw, KIND).to(tile.dtype)
     grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
     return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
