@@ -17,7 +17,7 @@ from .ptx import add_scaled_ptx
 from .tiles import accumulate, count_steps, end_scales, scale_rows, tile_of
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit
 def decode_kernel(q_ptr, y_ptr, total, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Bytes -> fp16 or bf16 codes without their scales: exact, for multiplications that read each byte often."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
