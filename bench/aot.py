@@ -67,11 +67,13 @@ def quantize_case(p: Platform) -> None:
 
 
 def gemm_case(p: Platform, numerics: str) -> None:
-    from blockscale.kernels.triton import gemm
+    from blockscale.kernels.triton import capability, gemm
 
     x, w = torch.empty(4096, 7168, dtype=torch.bfloat16), weight("fp8_128x128", 4096, 7168, p)
     for m in (1, 64, 4096):
         gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p)
+        if capability.dot_element(p, "fp8") and numerics == "checkpoint":  # elsewhere the codec is what ran just now
+            gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p, native=False)
     w = weight("fp8_128x128", 129, 200, p)  # ragged in everything: masks where the others need none
     gemm.linear(x[:5, :200], w, None, get_numerics(numerics), torch.bfloat16, p)
 
@@ -82,13 +84,12 @@ def grouped_case(p: Platform) -> None:
     x, offsets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
     kinds = [("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only"), ("nvfp4", "checkpoint")]
     for name, numerics in kinds:
-        w = weight(name, 4096, 2048, p, experts=8)
+        w, how = weight(name, 4096, 2048, p, experts=8), (get_numerics(numerics), torch.bfloat16, p)
         for m in (16, 4096):
-            grouped.grouped_linear(x[:m], w, offsets, get_numerics(numerics), torch.bfloat16, p)
+            grouped.grouped_linear(x[:m], w, offsets, *how)
         if name == "fp8_128x128":
-            for rows, where in (("masked", offsets), ("pairs", offsets.view(4, 2))):
-                few = x[: 64 if rows == "masked" else 4]
-                grouped.grouped_linear(few, w, where, get_numerics(numerics), torch.bfloat16, p, rows=rows)
+            grouped.grouped_linear(x[:64], w, offsets, *how, rows="masked")
+            grouped.grouped_linear(x[:4], w, offsets.view(4, 2), *how, rows="pairs")
 
 
 CASES: dict[str, Callable[[Platform], None]] = {

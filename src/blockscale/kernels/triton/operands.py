@@ -137,9 +137,8 @@ def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
     scale = q.scale
     if scale.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
         scale = scale.view(torch.uint8)
-    if q.layout in ("tma", "col_scales"):
-        return scale, 1, scale.stride(0)
-    return scale, scale.stride(-2) if q.format.block[0] is not None else 0, scale.stride(-1)
+    row, group = (1, scale.stride(0)) if q.layout in ("tma", "col_scales") else (scale.stride(-2), scale.stride(-1))
+    return scale, row if q.format.block[0] is not None else 0, group
 
 
 def _element(q: BlockScaled) -> str:

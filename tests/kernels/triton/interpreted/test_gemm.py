@@ -66,9 +66,10 @@ def test_split_and_swap(swap, split, platform, g):
 
 
 @pytest.mark.parametrize("layout", ["row", "col_scales", "tma"])
-def test_layouts_of_x(layout, platform, g):
-    xq = reference.quantize(torch.randn(5, 200, generator=g), get_format("fp8_1x128"))
-    w = reference.quantize(torch.randn(40, 200, generator=g), get_format("fp8_128x128"))
+@pytest.mark.parametrize(("act", "name"), [("fp8_1x128", "fp8_128x128"), ("fp8_row",) * 2, ("fp8_tensor",) * 2])
+def test_layouts_of_x(act, name, layout, platform, g):
+    xq = reference.quantize(torch.randn(5, 200, generator=g), get_format(act))
+    w = reference.quantize(torch.randn(40, 200, generator=g), get_format(name))
     y = gemm.matmul(layouts.convert(xq, layout), w, platform, out_dtype=F32)
     assert worst_row(y, reference.matmul(xq, w)) < EXACT
 
