@@ -71,27 +71,29 @@ def quantize_tile(rows: int, groups: int, group: int, platform: Platform, *, sca
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """A persistent tile of Hopper's block copies and how long it takes: `waves * programs * bm * bn * (k + ends)`.
+class _Timed:
+    """A tile of Hopper's block copies and how long it takes: `waves * resident * bm * bn * (k + ends) / rate`.
 
-    ends: what begins and ends a tile, as elements of K. rate: relative speed. Fitted on one H100 (M=4096, N and K of
-    DeepSeek-V3's linears) to within 7%: larger tiles ask the L2 cache for less, smaller ones waste less of a wave.
+    resident: programs side by side on a multiprocessor. ends: what begins and ends a tile, as elements of K. rates:
+    relative speeds with FP8 and with 16-bit operands. Fitted on one H100 (M=4096, N and K of DeepSeek-V3's linears) to
+    within 8%: larger tiles ask the L2 cache for less, smaller ones waste less of a wave.
     """
 
     tile: GemmTile
+    resident: int
     ends: int
-    rate: float
+    rates: tuple[float, float]
 
-    def cost(self, m: int, n: int, k: int, sms: int) -> float:
+    def cost(self, path: str, m: int, n: int, k: int, sms: int) -> float:
         t = self.tile
-        waves = -(-(-(-m // t.bm) * -(-n // t.bn)) // (t.programs * sms))
-        return waves * t.programs * t.bm * t.bn * (k + self.ends) / self.rate
+        waves = -(-(-(-m // t.bm) * -(-n // t.bn)) // (self.resident * sms))
+        return waves * self.resident * t.bm * t.bn * (k + self.ends) / self.rates[path == "tma16"]
 
 
-_WALKS = (
-    _Walk(GemmTile(128, 64, 128, 4, 4, "two programs", programs=2), 200, 3.5),
-    _Walk(GemmTile(128, 64, 128, 4, 3, "three programs", programs=3), 34, 3.64),
-    _Walk(GemmTile(128, 128, 128, 4, 3, "halves", group_m=16, programs=2, halves=2), 280, 4.1),
+_TIMED = (
+    _Timed(GemmTile(128, 64, 128, 4, 4, "two programs", programs=2), 2, 200, (3.5, 2.9)),
+    _Timed(GemmTile(128, 64, 128, 4, 3, "three programs", programs=3), 3, 34, (3.64, 3.0)),
+    _Timed(GemmTile(128, 128, 128, 4, 3, "halves", group_m=16, halves=2), 2, 350, (4.47, 4.47)),
 )
 
 # (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
@@ -170,8 +172,8 @@ def gemm_tile(
         bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path in ("tma", "tma16") else 0
     )
     if key in (("sm_90", "tma"), ("sm_90", "tma16")) and m > 128 and not invariant:
-        walk = min(_WALKS, key=lambda w: w.cost(m, n, k, multiprocessors(platform)))
-        return replace(walk.tile, bk=bk, entry=f"{tile.entry}, {walk.tile.entry}")
+        best = min(_TIMED, key=lambda t: t.cost(path, m, n, k, multiprocessors(platform))).tile
+        return replace(best, bk=bk, entry=f"{tile.entry}, {best.entry}")
     if m <= 128 and not invariant:  # half the rows: twice the programs
         warps = tile.warps if platform.kind == "xpu" else min(tile.warps, 4)  # Intel's spill with fewer
         tile = replace(tile, bm=min(tile.bm, 64), warps=warps, entry=tile.entry + ", M <= 128")
