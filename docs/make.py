@@ -35,13 +35,14 @@ PLATFORMS = {
     "xpu:pvc+triton=3.6": "executed on a CPU through SPIR-V in CI; not run on Intel hardware",
     "xpu:bmg+triton=3.6+vllm-xpu-kernels=0.1.16.2": "adapters run over stand-ins in CI; not run on Intel hardware",
 }
+EXPERTS = ("grouped_linear", "masked_linear", "gathered_linear")
 FORMATS = ("fp8_128x128", "fp8_128x128_ue8m0", "mxfp4", "nvfp4")
 
 
 def plan_text(platform: str, op: str, name: str, numerics: str = "checkpoint") -> str:
     problem = Problem(
         op, 0 if op == "quantize" else 4096, 7168, torch.bfloat16, get_format(name), "row", torch.bfloat16,
-        get_numerics(numerics), 8 if op == "grouped_linear" else 0,
+        get_numerics(numerics), 8 if op in EXPERTS else 0,
     )  # fmt: skip
     return str(select(problem, Platform.parse(platform)))
 
@@ -70,6 +71,17 @@ def page() -> str:
             cells = (plan_text(platform, op, name, numerics) for name in FORMATS)
             lines.append(f"| `{platform}` | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += [
+        "## masked_linear, gathered_linear (experts), any of these formats",
+        "",
+        "| op | platform | kernels |",
+        "|---|---|---|",
+    ]
+    for op in EXPERTS[1:]:
+        for kind in dict.fromkeys(platform.split(":")[0] for platform in PLATFORMS):
+            plans = {plan_text(p, op, name) for p in PLATFORMS if p.startswith(kind) for name in FORMATS}
+            lines.append(f"| {op} | {kind} | {', '.join(sorted(plans))} |")
+    lines.append("")
     names = ("fp8_1x128", "fp8_1x128_ue8m0", "fp8_128x128")
     lines += ["## quantize", "", "| platform | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for platform in PLATFORMS:
