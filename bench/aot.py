@@ -33,8 +33,7 @@ from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
 from blockscale.tensor import BlockScaled
 
-LIMIT_S = 120.0
-"""Processor seconds that a row may take; the clock on the wall may take four times that before it is ended."""
+LIMIT_S = 120.0  # processor seconds that a row may take; the clock on the wall may take four times that
 NATIVE = {
     "sm_89": r"mma\.sync[\w.]*m16n8k32[\w.]*e4m3", "sm_90": r"wgmma\.mma_async[\w.]*e4m3\.e4m3",
     "sm_100": r"tcgen05\.mma[\w.:]*kind::f8f6f4", "sm_120": r"mma\.sync[\w.]*m16n8k32[\w.:]*e4m3",
@@ -45,8 +44,7 @@ TARGETS = (
 )  # fmt: skip
 RECORD = Path(__file__).parents[1] / "docs" / "aot.json"  # what docs/platforms.md shows
 SHOWN = ("target", "kernel", "compiled", "seconds", "native_instruction", "spills")
-EXPECTED = {"gemm_w8a8", "grouped"}
-"""Kernels that hold NATIVE[target]'s instruction; all others, and all targets without one, must not."""
+EXPECTED = {"gemm_w8a8", "grouped"}  # hold NATIVE[target]'s instruction; all others, and targets without one, must not
 
 
 def platform_of(target: str) -> Platform:
@@ -265,8 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="write the complete table to docs/aot.json; else compare")
     chosen = parser.parse_args(argv)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # what is timed is compiled, not found
     sources = fingerprint()
-    kept: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.resume and chosen.out.exists() else []
+    kept = json.loads(chosen.out.read_text()) if chosen.resume and chosen.out.exists() else []
     known = {(row["target"], row["kernel"]): row for row in kept if row.get("sources") == sources}
     rows, bad, compiler = [], 0, Compiler()
     for target in chosen.target or TARGETS:
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             print(f"{target:8} {kernel:17} {row['seconds']:6.1f} s  {row['native_instruction'] or '-':44} "
                   f"{'; '.join(wrong) or 'ok'}", flush=True)  # fmt: skip
-            for one in row.get("launches", []) if chosen.verbose else []:
+            for one in row.get("launches", []) * chosen.verbose:
                 print("        ", one, flush=True)
             chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} rows, {bad} wrong, {sum(r['seconds'] for r in rows):.0f} s of processor -> {chosen.out}")
