@@ -31,7 +31,7 @@ from triton_checks import run_checks
 from triton_groups import SECTIONS, SHAPES, Group
 
 
-def time_group(group: Group, rounds: int = 9, target_us: float = 1000.0) -> dict[str, Any]:
+def time_group(group: Group, rounds: int = 8, target_us: float = 800.0) -> dict[str, Any]:
     """{name: median microseconds a call, or the reason why it was not timed}."""
     out: dict[str, Any] = {}
     graphs: dict[str, tuple[Any, int]] = {}
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     checks = {} if chosen.no_checks else run_checks()
     for process in warmers:
         try:
-            process.wait(max(chosen.budget * 0.5 - (time.monotonic() - began), 1))
+            process.wait(max(chosen.budget * 0.5 - (time.monotonic() - began), 0.05))
         except subprocess.TimeoutExpired:
             process.kill()
     print(f"compiled and checked after {time.monotonic() - began:.0f} s", flush=True)

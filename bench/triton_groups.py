@@ -91,11 +91,11 @@ def ampere(p: Platform) -> Platform:
     return replace(p, arch="sm_80")
 
 
-def gemm_groups(quick: bool) -> Iterator[Group]:
+def gemm_groups(quick: bool, ms: tuple[int, ...] = (1, 16, 4096)) -> Iterator[Group]:
     """Multiplication of quantized operands: native, codec, the codec as sm_80 runs it, bf16, DeepGEMM."""
     p, peer = detect("cuda"), deep_gemm()
-    for m in (1, 16, 4096) if quick else (1, 16, 4096, 64, 512):
-        for n, k in SHAPES:
+    for m in ms:
+        for n, k in SHAPES[-1:] if quick else SHAPES:
             sets = max(2, min(48, -(-L2_BYTES // (n * k + m * k + 2 * m * n))))
             ws, xs = weights(n, k, sets), activations(m, k, sets)
             held = [as_values(x) for x in xs]
@@ -107,7 +107,7 @@ def gemm_groups(quick: bool) -> Iterator[Group]:
                 "codec": lambda i, xs=held, ws=ws, t=tickets: gemm.matmul(xs[i], ws[i], p, tickets=t, native=False),
                 "bf16": lambda i, xb=xb, d=dense: torch.matmul(xb, d[i % len(d)].T),
             }
-            if m not in (64, 512):
+            if m in (1, 16, 4096):
                 calls["codec sm_80"] = lambda i, xs=held, ws=ws, t=tickets: gemm.matmul(
                     xs[i], ws[i], ampere(p), tickets=t
                 )
@@ -180,4 +180,7 @@ def quantize_groups(quick: bool) -> Iterator[Group]:
         })  # fmt: skip
 
 
-SECTIONS = {"quantize": quantize_groups, "gemm": gemm_groups, "grouped": grouped_groups}
+SECTIONS: dict[str, Callable[[bool], Iterator[Group]]] = {
+    "quantize": quantize_groups, "gemm": gemm_groups, "grouped": grouped_groups,
+    "middle": lambda quick: gemm_groups(quick, (64, 512)),
+}  # fmt: skip
