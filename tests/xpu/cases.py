@@ -99,9 +99,11 @@ EXECUTED = [
     Line("quantize tensor", "dg2", _QUANTIZE, [_quantize("fp8_tensor", 5, 200)]),
     Line("quantize given scales", "pvc", _QUANTIZE, [_quantize("fp8_1x128", 5, 384, dtype=F32, edge="static")]),
     Line("quantize fnuz", "pvc", _QUANTIZE, [_quantize("fp8fnuz_1x128", 5, 384, dtype=F32, edge="nonfinite")]),
-    Line("quantize mxfp8", "pvc", _QUANTIZE, [_quantize("mxfp8", 5, 96), _quantize("mxfp8", 5, 96, edge="nonfinite")]),
+    Line("quantize mxfp8", "pvc", _QUANTIZE, [
+        _quantize("mxfp8", 5, 288), *(_quantize("mxfp8", 5, 288, edge=e) for e in EDGES),
+    ]),
     Line("quantize mxfp4", "pvc", _QUANTIZE, [
-        _quantize("mxfp4", 3, 96), *(_quantize("mxfp4", 5, 96, edge=e) for e in EDGES),
+        _quantize("mxfp4", 3, 288), *(_quantize("mxfp4", 5, 288, edge=e) for e in EDGES),
     ]),
     Line("quantize mxfp4", "dg2", _QUANTIZE, [_quantize("mxfp4", 5, 104)]),
     Line("quantize nvfp4", "bmg", _QUANTIZE, [_quantize("nvfp4", 5, 104), _quantize("nvfp4", 5, 104, edge="zeros")]),
