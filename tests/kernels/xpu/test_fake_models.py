@@ -6,6 +6,7 @@ fake tensor on "xpu", and a forward pass runs the kernels that the registry chos
 reference. A tensor made on another device, or cast to a dtype that a kernel did not ask for, raises.
 """
 
+import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -15,10 +16,9 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from blockscale import layouts, library
+from blockscale import layouts, library, registry
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.integrations import transformers as integration
-from blockscale.kernels import triton as family
 from blockscale.kernels.triton import gemm, grouped, operands, quantize
 from blockscale.nn.linear import WeightModule
 from blockscale.observe import calls
@@ -70,18 +70,22 @@ def described(text, monkeypatch, launches):
         assert {t.device.type for t in tensors} == {"xpu"}, f"{self.__name__} on {[t.device for t in tensors]}"
         launches[self.__name__] += 1
 
-    bound = (library._bind_weight, library._bind_result, library._bind_dense)
+    asking = [m for name, m in sys.modules.items() if name.startswith("blockscale.") and hasattr(m, "detect")]
     with monkeypatch.context() as patch:
-        for module in (library, family):
+        for module in asking:
             patch.setattr(module, "detect", lambda device: platform)
         for module in (gemm, grouped, operands, quantize):
             patch.setattr(module, "on_device", lambda tensor: nullcontext())
         patch.setattr(JITFunction, "run", launch)
-        for memo in bound:
-            memo.cache_clear()
+        forget()
         yield platform
-    for memo in bound:
-        memo.cache_clear()
+    forget()
+
+
+def forget():
+    """Choices that are memoised by device, which is another one now."""
+    for callback in registry.on_change:
+        callback()
 
 
 def move(model):
