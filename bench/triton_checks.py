@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -199,12 +200,22 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
 }  # fmt: skip
 
 
+def portion(rank: int, count: int, quick: bool) -> list[conformance.Case]:
+    """Part `rank` of `count` of the cases. Those that share compiled kernels stay together: compiling takes longest."""
+    alike: dict[tuple[Any, ...], list[conformance.Case]] = {}
+    for case in conformance.cases(quick=quick):
+        alike.setdefault((case.op, case.format, case.numerics, case.x_dtype), []).append(case)
+    parts: list[list[conformance.Case]] = [[] for _ in range(count)]
+    for cases in sorted(alike.values(), key=len, reverse=True):
+        min(parts, key=len).extend(cases)
+    random.Random(0).shuffle(parts[rank])
+    return parts[rank]
+
+
 def shard(rank: int, count: int, seconds: float, quick: bool) -> dict[str, Any]:
-    """Conformance cases rank, rank + count, … of a shuffled list, until `seconds` are over."""
+    """One portion of the conformance cases, until `seconds` are over."""
     platform, began = detect("cuda"), time.monotonic()
-    cases = list(conformance.cases(quick=quick))
-    random.Random(0).shuffle(cases)
-    cases = cases[rank::count]
+    cases = portion(rank, count, quick)
     out: dict[str, Any] = {"cases": 0, "total": 0, "failures": [], "max_error": {}, "kernels": {}}
     for case in cases:
         found = [
@@ -273,7 +284,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--shard", help="i/n: only conformance cases i, i + n, …; prints JSON")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long the conformance suite may take")
-    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2) - 2, 1))
     chosen = parser.parse_args()
     if chosen.shard:
         rank, count = map(int, chosen.shard.split("/"))

@@ -36,7 +36,8 @@ class GemmTile:
 
     bm, bn, bk: tile in rows of x, rows of w, and elements of K. split: slices of K. swap: weight rows take the M side
     of the instruction. group_m: tile rows that run side by side. programs: persistent programs a multiprocessor, 0 for
-    one program a tile. registers: most a thread may have, 0 for no limit. entry: the table row that it came from.
+    one program a tile. halves: 2 multiplies the upper and the lower half of bm one after the other. entry: the row
+    of a table that it came from.
     """
 
     bm: int
@@ -49,24 +50,49 @@ class GemmTile:
     swap: bool = False
     group_m: int = 8
     programs: int = 0
-    registers: int = 0
     halves: int = 1
 
 
-def quantize_tile(rows: int, groups: int, group: int, *, scales_by_column: bool) -> QuantizeTile:
+def quantize_tile(rows: int, groups: int, group: int, platform: Platform, *, scales_by_column: bool) -> QuantizeTile:
     """Tile of a group quantization: `rows` x `groups` groups of `group` elements.
 
     Few rows want many programs; many want long contiguous reads, or several rows where scales lie by column.
-    Source: one H200, 1x128, M=8192 K=7168: 97% of copy bandwidth with 4096-element tiles of 4 warps.
+    Source: one H100, 1x128, M=8192 K=7168: 98% of copy bandwidth with 4x8 and 8x8 groups of 8 warps.
     """
     width = _pow2(group)
     if rows <= 16:
         return QuantizeTile(1, min(max(512 // width, 1), _pow2(groups)), 4, "quantize: few rows")
-    tile_rows = 8 if scales_by_column else 2
-    tile_groups = min(max(4096 // (width * tile_rows), 1), _pow2(groups))
     name = "quantize: column scales" if scales_by_column else "quantize: row scales"
-    return QuantizeTile(tile_rows, tile_groups, 4, name)
+    if platform.capability >= 80:
+        tile_rows, elements, warps = (8, 8192, 8) if scales_by_column else (4, 4096, 8)
+    else:
+        tile_rows, elements, warps = (8 if scales_by_column else 2), 4096, 4
+    return QuantizeTile(tile_rows, min(max(elements // (width * tile_rows), 1), _pow2(groups)), warps, name)
 
+
+@dataclass(frozen=True)
+class _Walk:
+    """A persistent tile of Hopper's block copies and how long it takes: `waves * programs * bm * bn * (k + ends)`.
+
+    ends: what begins and ends a tile, as elements of K. rate: relative speed. Fitted on one H100 (M=4096, N and K of
+    DeepSeek-V3's linears) to within 7%: larger tiles ask the L2 cache for less, smaller ones waste less of a wave.
+    """
+
+    tile: GemmTile
+    ends: int
+    rate: float
+
+    def cost(self, m: int, n: int, k: int, sms: int) -> float:
+        t = self.tile
+        waves = -(-(-(-m // t.bm) * -(-n // t.bn)) // (t.programs * sms))
+        return waves * t.programs * t.bm * t.bn * (k + self.ends) / self.rate
+
+
+_WALKS = (
+    _Walk(GemmTile(128, 64, 128, 4, 4, "two programs", programs=2), 200, 3.5),
+    _Walk(GemmTile(128, 64, 128, 4, 3, "three programs", programs=3), 34, 3.64),
+    _Walk(GemmTile(128, 128, 128, 4, 3, "halves", group_m=16, programs=2, halves=2), 280, 4.1),
+)
 
 # (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
 _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
@@ -77,6 +103,7 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "codec"): (128, 128, 128, 8, 3),
     ("sm_90", "weight_only"): (128, 128, 64, 8, 3),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
+    ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
     ("sm_80", "decoded"): (128, 128, 64, 8, 3),
     ("sm_75", "weight_only"): (64, 32, 32, 8, 2),
@@ -94,9 +121,9 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
 _SMALL: dict[tuple[str, str], tuple[int, int, int, int, bool]] = {
     ("sm_90", "tma"): (64, 128, 4, 5, True),
     ("sm_90", "native"): (64, 128, 4, 4, True),
-    ("sm_90", "codec"): (128, 128, 4, 4, False),
+    ("sm_90", "codec"): (64, 128, 4, 4, False),
     ("sm_90", "weight_only"): (64, 128, 4, 4, False),
-    ("sm_80", "codec"): (128, 128, 4, 4, False),
+    ("sm_80", "codec"): (64, 128, 4, 4, False),
     ("sm_80", "weight_only"): (64, 128, 4, 4, False),
     ("sm_100", "*"): (64, 128, 4, 4, False),
     ("sm_75", "*"): (64, 32, 8, 2, False),
@@ -142,8 +169,9 @@ def gemm_tile(
     tile = GemmTile(
         bm, bn, bk, warps, stages, _entry(name, key, "large"), programs=2 if path in ("tma", "tma16") else 0
     )
-    if path == "tma" and k <= 2048:  # short sums: a third program hides more of the beginnings and ends
-        tile = replace(tile, stages=3, programs=3, registers=168, entry=tile.entry + ", K <= 2048")
+    if key in (("sm_90", "tma"), ("sm_90", "tma16")) and m > 128 and not invariant:
+        walk = min(_WALKS, key=lambda w: w.cost(m, n, k, multiprocessors(platform)))
+        return replace(walk.tile, bk=bk, entry=f"{tile.entry}, {walk.tile.entry}")
     if m <= 128 and not invariant:  # half the rows: twice the programs
         warps = tile.warps if platform.kind == "xpu" else min(tile.warps, 4)  # Intel's spill with fewer
         tile = replace(tile, bm=min(tile.bm, 64), warps=warps, entry=tile.entry + ", M <= 128")
@@ -159,15 +187,23 @@ def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform
     tile = _fit(tile, k, span)
     if path == "tma" and n > 2 * tile.bn * multiprocessors(platform):
         tile = replace(tile, bn=2 * tile.bn, stages=4, entry=f"{tile.entry}, wide")
-    return replace(tile, split=_split(-(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)))
+    if m <= 8 and path in ("codec", "weight_only") and platform.capability >= 80 and tile.bk >= 128:
+        tile = replace(tile, bm=8, swap=True, entry=f"{tile.entry}, M <= 8")  # the instruction's other side is 8 wide
+    tile = replace(tile, split=_split(-(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)))
+    if path == "codec" and tile.split == 1 and k <= 2048 and platform.capability in (80, 90):
+        tile = replace(tile, stages=6, entry=f"{tile.entry}, K <= 2048")
+    return tile
 
 
 def _split(tiles: int, steps: int, sms: int) -> int:
-    """Slices of K: as many as give every multiprocessor two programs, none shorter than seven steps.
+    """Slices of K: as many as give every multiprocessor two programs, none shorter than seven steps, and one where a
+    short sum (16 steps) occupies half of them.
 
-    Fitted on one H200 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 3% of the best of 1, 2, 4, 8 everywhere.
+    Fitted on one H200 and one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 3% of the best of 1, 2, 4, 8.
     """
     split = 1
+    if steps <= 16 and 2 * tiles > sms:
+        return split
     while split < 16 and tiles * split <= sms and steps // (2 * split) >= 7:
         split *= 2
     return split

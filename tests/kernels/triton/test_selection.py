@@ -82,6 +82,17 @@ def test_refusals_say_why(chip, asked, reason):
     assert reason in decisions["triton.block"]
 
 
+@pytest.mark.parametrize(("name", "op"), [("nvfp4", "linear"), ("fp8_tensor", "linear"), ("nvfp4", "grouped_linear")])
+def test_invariant_kernels_refuse_scales_of_a_whole_batch(name, op):
+    p = Platform.parse("cuda:sm_90+triton=3.6")
+    reason = f"activations in {name}: their scale depends on the batch"
+    for static, want in ((False, True), (True, False)):
+        asked = problem(op, name, groups=0 if op == "linear" else 4, static=static)
+        decisions = {d.kernel.name: d.reasons for d in explain(asked, p, repack=False)}
+        assert (reason in decisions["triton.invariant"]) == want
+        assert decisions["triton.block"] == ()
+
+
 def test_fnuz_is_for_one_chip_only():
     decisions = {d.kernel.name: d.reasons for d in explain(problem(), Platform.parse("cuda:sm_90+triton=3.6"))}
     assert decisions["triton.fnuz"] == (
@@ -129,7 +140,12 @@ TILES = [
     ("cuda:sm_90+sms=132", "tma", 1, 2112, 7168, (16, 64, 128, 8, True)),
     ("cuda:sm_90+sms=132", "tma", 16, 7168, 16384, (16, 64, 128, 2, True)),
     ("cuda:sm_90+sms=132", "tma", 64, 24576, 1536, (64, 128, 128, 1, True)),
-    ("cuda:sm_80", "codec", 1, 4096, 7168, (16, 128, 128, 4, False)),
+    ("cuda:sm_90+sms=132", "tma", 4096, 7168, 16384, (128, 128, 128, 1, False)),
+    ("cuda:sm_90+sms=132", "tma", 4096, 2112, 7168, (128, 64, 128, 1, False)),
+    ("cuda:sm_90+sms=132", "tma16", 4096, 4096, 7168, (128, 128, 64, 1, False)),
+    ("cuda:sm_90+sms=132", "codec", 1, 2112, 7168, (8, 64, 128, 8, True)),
+    ("cuda:sm_90+sms=132", "codec", 16, 7168, 2048, (16, 64, 128, 1, False)),
+    ("cuda:sm_80", "codec", 1, 4096, 7168, (8, 64, 128, 2, True)),
     ("cuda:sm_75", "codec", 4096, 4096, 7168, (64, 64, 32, 1, False)),
     ("rocm:gfx942", "native", 4096, 4096, 7168, (128, 128, 64, 1, False)),
     ("rocm:gfx1100", "codec", 1, 4096, 7168, (16, 64, 64, 2, False)),
@@ -157,10 +173,12 @@ def test_short_spans_cut_the_step():
 
 
 def test_quantize_tiles_name_their_entry():
-    few = quantize_tile(1, 56, 128, scales_by_column=False)
-    many = quantize_tile(8192, 56, 128, scales_by_column=True)
+    p = Platform.parse("cuda:sm_90")
+    few = quantize_tile(1, 56, 128, p, scales_by_column=False)
+    many = quantize_tile(8192, 56, 128, p, scales_by_column=True)
     assert (few.rows, few.entry) == (1, "quantize: few rows")
-    assert (many.rows, many.entry) == (8, "quantize: column scales")
+    assert (many.rows, many.groups, many.warps, many.entry) == (8, 8, 8, "quantize: column scales")
+    assert quantize_tile(8192, 56, 128, Platform.parse("rocm:gfx942"), scales_by_column=True).warps == 4
 
 
 def test_triton_is_imported_only_when_a_kernel_runs():

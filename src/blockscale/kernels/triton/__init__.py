@@ -3,7 +3,8 @@
 `triton.block` serves every platform that Triton generates code for and every format; `triton.fnuz` is the same for
 chips whose matrix instructions take E4M3FNUZ (gfx942). Two variants wait to be ordered: `triton.codec` uses no fp8
 type or instruction (what a chip without them gets, for comparison anywhere), `triton.invariant` gives a row the same
-bytes whatever batch it is in. Triton itself is imported when a kernel first runs.
+bytes whatever batch it is in, and refuses activations whose scale depends on the batch. Triton itself is imported when
+a kernel first runs.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class GroupedLinear(_Multiply):
 
         y = grouped.grouped_linear(
             x.reshape(-1, problem.k), w, where, problem.numerics, problem.out_dtype, detect(x.device), rows=self.rows,
-            native=self.native,
+            native=self.native, invariant=self.invariant,
         )  # fmt: skip
         return y if self.rows == "sorted" else y.view(*(where if self.rows == "pairs" else x).shape[:2], -1)
 
@@ -245,12 +246,34 @@ class CodecQuantize(Quantize):
     name, priority, native = "triton.codec", 46, False
 
 
-class InvariantLinear(Linear):
+class _Invariant(_Multiply):
     name, priority, invariant = "triton.invariant", 44, True
 
+    def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        yield from super().why_not(problem, platform)
+        act = None if problem.op == "matmul" else problem.activation_format
+        if act is not None and (act.two_level or act.block[0] is None) and not problem.static:
+            yield f"activations in {act}: their scale depends on the batch"
 
-class InvariantMatmul(Matmul):
-    name, priority, invariant = "triton.invariant", 44, True
+
+class InvariantLinear(_Invariant, Linear):
+    pass
+
+
+class InvariantGroupedLinear(_Invariant, GroupedLinear):
+    pass
+
+
+class InvariantMaskedLinear(_Invariant, MaskedLinear):
+    pass
+
+
+class InvariantGatheredLinear(_Invariant, GatheredLinear):
+    pass
+
+
+class InvariantMatmul(_Invariant, Matmul):
+    pass
 
 
 KERNELS = [
@@ -258,5 +281,5 @@ KERNELS = [
     Quantize(), SwigluQuantize(), RmsnormQuantize(),
     FnuzLinear(), FnuzGroupedLinear(), FnuzMaskedLinear(), FnuzGatheredLinear(), FnuzMatmul(),
     CodecLinear(), CodecGroupedLinear(), CodecMaskedLinear(), CodecGatheredLinear(), CodecMatmul(), CodecQuantize(),
-    InvariantLinear(), InvariantMatmul(),
+    InvariantLinear(), InvariantGroupedLinear(), InvariantMaskedLinear(), InvariantGatheredLinear(), InvariantMatmul(),
 ]  # fmt: skip

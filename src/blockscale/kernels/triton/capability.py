@@ -58,16 +58,6 @@ def has_tma(platform: Platform) -> bool:
     return platform.capability in (90, 100, 103)
 
 
-def launch_options(platform: Platform) -> dict[str, bool]:
-    """Keyword arguments for kernels that call `ptx.wait_for_grid`: whether the next launch may begin before this ends.
-
-    Programmatic dependent launch: the driver prepares the grid behind while this one runs, which saves a decode step
-    about a microsecond a kernel. sm_90 and later.
-    """
-    overlaps = platform.capability >= 90 and platform.at_least("triton", "3.6")
-    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
-
-
 def multiply_options(platform: Platform) -> dict[str, str]:
     """What Intel's compiler is told of multiplications: 256 registers a thread. With 128 the shipped tiles spill.
 

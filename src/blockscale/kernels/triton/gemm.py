@@ -90,7 +90,7 @@ def matmul(
     common: dict[str, Any] = {
         "BIAS": bias is not None, "BM": tile.bm, "BN": tile.bn, "SPLIT": tile.split, "SWAP": tile.swap,
         "BK": tile.bk, "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
-        **capability.multiply_options(platform), **capability.launch_options(platform),
+        **capability.multiply_options(platform),
     }  # fmt: skip
     with on_device(y):
         if tma:
@@ -99,7 +99,7 @@ def matmul(
                 _blocks(x_data, tile.bm // tile.halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
                 part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
                 HALVES=tile.halves, PERSISTENT=tile.programs > 0 and tile.split == 1,
-                maxnreg=tile.registers or None, **common,
+                **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .codec import decode, decode_scale
-from .ptx import wait_for_grid
+from .ptx import add_scaled_ptx
 from .tiles import accumulate, count_steps, end_scales, scale_rows, tile_of
 
 
@@ -71,7 +71,7 @@ def store_tile(
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "sx_m", "sx_k"])
+@triton.jit(do_not_specialize=["M", "sx_m", "sx_k", "sw_n"])
 def gemm_kernel(
     x_ptr,
     w_ptr,
@@ -116,10 +116,8 @@ def gemm_kernel(
     SWAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program: a [BM, BN] tile of y over one of SPLIT slices of K. Any format, block and shape."""
-    wait_for_grid(PDL)
     tile = tl.program_id(0)
     piece = tl.program_id(1)
     pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
@@ -173,10 +171,10 @@ def tma_tile(
         if SWAP:
             acc += tl.dot(w, x.T) * scale[None, :]
         else:
-            acc += tl.dot(x, w.T) * scale[:, None]
+            acc = add_scaled_ptx(acc, tl.dot(x, w.T), scale[:, None])
         if HALVES == 2:
             scale = tl.load(sx_low + group * sx_k) * w_scale
-            low += tl.dot(x_desc.load([pm * BM + H, step * BK]), w.T) * scale[:, None]
+            low = add_scaled_ptx(low, tl.dot(x_desc.load([pm * BM + H, step * BK]), w.T), scale[:, None])
     mine = True
     if SPLIT > 1:
         mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
@@ -186,7 +184,7 @@ def tma_tile(
             store_tile(low, y_ptr, bias_ptr, rm + H, rn, M, N, y_stride, BIAS, SWAP)
 
 
-@triton.jit(do_not_specialize=["M", "sx_m", "sx_k"])
+@triton.jit(do_not_specialize=["M", "sx_m", "sx_k", "sw_n"])
 def tma_kernel(
     x_desc,
     w_desc,
@@ -215,7 +213,6 @@ def tma_kernel(
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """FP8 or 16-bit operands through block copies; scales fp32, one a row and 128 of K, one a 128x128 block.
 
@@ -224,7 +221,6 @@ def tma_kernel(
     HALVES: 2 multiplies the upper and the lower half of the rows one after the other, so that a warp group holds the
     unscaled products of one half only and one copy of w serves both.
     """
-    wait_for_grid(PDL)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), num_stages=1):
             tma_tile(

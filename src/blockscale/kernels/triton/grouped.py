@@ -36,21 +36,23 @@ def grouped_linear(
     *,
     rows: Rows = "sorted",
     native: bool = True,
+    invariant: bool = False,
 ) -> Tensor:
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
-    if fmt is None:
-        return grouped_matmul(x, w, where, platform, rows=rows, out_dtype=out_dtype, native=native)
-    if not fmt.two_level:
+    xq: BlockScaled | Tensor = x
+    if fmt is not None and not fmt.two_level:
         xq = quantize_activations(x, fmt, w, numerics, platform, native=native)
-        return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native)
+    if fmt is None or not fmt.two_level:
+        return grouped_matmul(
+            xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant
+        )
     levels, by_row = expert_levels(x, fmt, where, w, rows)
     if rows == "pairs":  # a row has another level, so other codes, for every expert that it meets
         x, where = x.repeat_interleave(where.shape[1], 0), where.reshape(-1, 1)
-    xq = quantize(x, fmt, without_fp8(platform) if not native else platform, level=by_row)
-    return grouped_matmul(
-        replace(xq, global_scale=levels), w, where, platform, rows=rows, out_dtype=out_dtype, native=native
-    )
+    xq = quantize(x, fmt, platform if native else without_fp8(platform), level=by_row)
+    xq = replace(xq, global_scale=levels)
+    return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant)
 
 
 def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -81,6 +83,7 @@ def grouped_matmul(
     rows: Rows = "sorted",
     out_dtype: torch.dtype = torch.bfloat16,
     native: bool = True,
+    invariant: bool = False,
     tile: GemmTile | None = None,
 ) -> Tensor:
     """x, quantized or as it is, times the experts `w: [E, N, K]`.
@@ -108,8 +111,8 @@ def grouped_matmul(
         top_k = where.numel() // m
         out_rows, per_expert = where.numel(), 1
     if tile is None:
-        tile = replace(gemm_tile(how.path, max(per_expert, 1), n, k, how.span, platform), split=1)
-    tile = replace(tile, bk=max(tile.bk, how.folded))
+        tile = gemm_tile(how.path, max(per_expert, 1), n, k, how.span, platform, invariant=invariant)
+    tile = replace(tile, split=1, bk=max(tile.bk, how.folded))
     if rows == "sorted":
         tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile
     else:

@@ -57,7 +57,7 @@ def find_rows(
     return expert, first, last, end
 
 
-@triton.jit(do_not_specialize=["rows", "sx_m", "sx_k"])
+@triton.jit(do_not_specialize=["rows", "E", "sx_m", "sx_k", "sw_expert", "sw_n"])
 def grouped_kernel(
     x_ptr,
     w_ptr,
@@ -139,7 +139,7 @@ def grouped_kernel(
             store_tile(acc, y_ptr, y_ptr, rm, rn, end, N, y_stride, False, SWAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "E"])
 def levels_kernel(
     amax_ptr,
     where_ptr,

@@ -1,4 +1,4 @@
-"""The codec in NVIDIA's assembly, for loops that decode every weight they read, and grid dependencies.
+"""The codec in NVIDIA's assembly, for loops that decode every weight they read.
 
 Four bytes lie in a register and two results leave in one: `prmt` spreads two bytes over two halves with their signs
 behind them, a shift and a mask put every bit in its place. What `codec` does element by element costs four times as
@@ -21,20 +21,6 @@ CHECKED_LIFT = 1.0 / 144.0
 
 
 @triton.jit
-def wait_for_grid(PDL: tl.constexpr):
-    """Let the next kernel start its launch and wait until the one before has finished and its results are visible.
-
-    PDL: launched with programmatic stream serialization (`capability.launch_options`); a kernel must call this before
-    it touches memory. Source: PTX ISA, griddepcontrol.
-    """
-    if PDL:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def reciprocal_ptx(x):
     """`1 / x` of fp32, correctly rounded, for normal x with a normal reciprocal whose significand is not all ones.
 
@@ -46,6 +32,16 @@ def reciprocal_ptx(x):
     minus = x * -1.0
     r = tl.fma(tl.fma(minus, r, 1.0), r, r)
     return tl.fma(tl.fma(minus, r, 1.0), r, r)
+
+
+@triton.jit
+def add_scaled_ptx(acc, part, scale):
+    """`acc + part * scale`, kept where it stands: LLVM moves plain additions behind the next matrix instruction, whose
+    result then needs registers of its own, and spills."""
+    scale = tl.broadcast_to(scale, part.shape)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=r,r,r,r", [part, scale, acc], dtype=tl.float32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -25,6 +25,8 @@ from . import quantize_whole as whole_kernels
 from .capability import is_grouped
 
 _PARTS = 1024
+FEW_ROWS = 16
+"""Up to so many rows a program quantizes one group and no more."""
 _BYTES = (torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 
 
@@ -58,7 +60,7 @@ def quantize(
         if fmt.two_level and level is None:
             level = _nvfp4_level(x, fmt)
         return _groups(
-            x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets, values=values
+            x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets, values=values, tile=tile
         )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
     how = _how(fmt, rounding, layout, platform)
@@ -167,21 +169,31 @@ def _groups(
         data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    few = tile is None and rows <= FEW_ROWS
     tile = tile or quantize_tile(
-        rows, padded_groups, group, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
+        rows, padded_groups, group, platform, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
+    divide = _divide(platform, floor, x, fmt)
+    if few and not fused and not fmt.packed and not pack4 and _even(cols, group):
+        with on_device(x):
+            kernels.few_kernel[(padded_groups, padded_rows)](
+                x, _codes(data, how), _bytes(scales), tickets, 0 if tickets is None else tickets.numel(), rows,
+                x.stride(0), data.stride(0), s_r, s_g, floor, **how, DIVIDE=divide,
+                TICKETS=0 if tickets is None else 256, C=group, **capability.quantize_options(platform, 1),
+            )  # fmt: skip
+        return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
     with on_device(x):
         across, down = -(-padded_groups // tile.groups), -(-padded_rows // tile.rows)
-        few = down <= 64
-        kernels.group_kernel[(across, down) if few else (across * down,)](
+        two_axes = down <= 64
+        kernels.group_kernel[(across, down) if two_axes else (across * down,)](
             x, _codes(data, how), _bytes(scales), level, int(level is not None and level.dim() > 0), weight, rows, cols,
             -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
             0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
             SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
-            TICKETS=0 if tickets is None else 1024, FEW=few, R=tile.rows, G=tile.groups, C=_pow2(group),
-            **capability.quantize_options(platform, tile.warps), **capability.launch_options(platform),
+            DIVIDE=divide, PACK4=pack4, EVEN=_even(cols, group),
+            TICKETS=0 if tickets is None else 1024, FEW=two_axes, R=tile.rows, G=tile.groups, C=_pow2(group),
+            **capability.quantize_options(platform, tile.warps),
         )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ptx import wait_for_grid
-from .quantize_parts import inside, quantize_groups
+from .quantize_parts import (
+    divide_by,
+    finite_or_nan,
+    inside,
+    inverse_pow2,
+    quantize_groups,
+    scale_of,
+    store_codes,
+    stored_scale,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level_row", "rows", "groups", "padded_rows", "padded_groups", "tickets"])
 def group_kernel(
     x_ptr,
     q_ptr,
@@ -50,7 +58,6 @@ def group_kernel(
     EVEN: tl.constexpr,
     TICKETS: tl.constexpr,
     FEW: tl.constexpr,
-    PDL: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -61,7 +68,6 @@ def group_kernel(
     which saves a division (and holds 65535 of them). TICKETS: zero the tickets that the
     split-K multiplication after this kernel counts with, which saves it a launch of its own.
     """
-    wait_for_grid(PDL)
     if FEW:
         row_tile = tl.program_id(1)
         column_tile = tl.program_id(0)
@@ -99,6 +105,55 @@ def group_kernel(
 
 
 @triton.jit
+def few_kernel(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    ticket_ptr,
+    tickets,
+    rows,
+    x_row,
+    q_row,
+    s_r,
+    s_g,
+    floor,
+    ELEMENT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    SCALE_KIND: tl.constexpr,
+    OUT: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    TICKETS: tl.constexpr,
+    C: tl.constexpr,
+):
+    """`group_kernel` for few rows of whole groups of C elements: one warp a group, grid (groups, padded rows).
+
+    A kernel this short waits for its own instructions: every line of code that is not there is a tenth of its time.
+    """
+    g = tl.program_id(0)
+    r = tl.program_id(1)
+    at = g * C + tl.arange(0, C)
+    s_ptr += r * s_r + g * s_g
+    if r < rows:
+        x = finite_or_nan(tl.load(x_ptr + r * x_row + at).to(tl.float32))
+        scale = scale_of(tl.max(tl.abs(x), axis=0), floor, LIMIT, ROUNDING, MAX_EXPONENT, DIVIDE)
+        if ROUNDING == "none":
+            scaled = divide_by(x, scale, DIVIDE)
+        else:
+            scaled = x * inverse_pow2(scale)
+        store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
+        tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
+    else:
+        tl.store(s_ptr, tl.zeros([], s_ptr.dtype.element_ty))
+    if TICKETS > 0:
+        if (r == 0) & (g == 0):
+            for i in range(0, tickets, TICKETS):
+                t = i + tl.arange(0, TICKETS)
+                tl.store(ticket_ptr + t, tl.zeros([TICKETS], tl.int32), mask=t < tickets)
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "padded_rows", "padded_groups"])
 def rmsnorm_kernel(
     x_ptr,
     q_ptr,

@@ -48,6 +48,19 @@ def divide(x, scale, DIVIDE: tl.constexpr):
 
 
 @triton.jit
+def divide_by(x, scale, DIVIDE: tl.constexpr):
+    """`x / scale`, correctly rounded, with one scale for all of x."""
+    if DIVIDE == "ieee":
+        quotient = tl.div_rn(x, tl.zeros_like(x) + scale)
+    else:
+        reciprocal = reciprocal_ptx(scale) if DIVIDE == "rcp" else tl.div_rn(1.0, scale)
+        quotient = x * reciprocal
+        excess = tl.fma(quotient, tl.zeros_like(x) + scale, x * -1.0)
+        quotient = tl.fma(excess, tl.zeros_like(x) + reciprocal * -1.0, quotient)
+    return quotient
+
+
+@triton.jit
 def divide_groups(x, scale, DIVIDE: tl.constexpr):
     """`x / scale`, correctly rounded: x [R, G, C], scale [R, G] fp32; the reciprocal is taken once a group."""
     wide = tl.broadcast_to(scale[:, :, None], x.shape)
@@ -91,7 +104,7 @@ def scale_of(
     """Scale of blocks with this amax, fp32 (formats with one level of scales)."""
     amax = tl.maximum(amax, floor)
     if ROUNDING == "none":
-        scale = divide(amax, tl.full(amax.shape, LIMIT, tl.float32), DIVIDE)
+        scale = divide(amax, tl.zeros_like(amax) + LIMIT, DIVIDE)
     else:
         scale = pow2(pow2_exponent(amax, LIMIT, ROUNDING, MAX_EXPONENT))
     return scale

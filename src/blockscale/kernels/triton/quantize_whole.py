@@ -14,7 +14,7 @@ from .codec import decode_scale
 from .quantize_parts import divide, finite_or_nan, scale_of, store_codes, stored_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "block_rows", "s_r", "s_g"])
 def block_kernel(
     x_ptr,
     q_ptr,
@@ -68,7 +68,7 @@ def block_kernel(
             store_codes(q_ptr + r * q_row + c, scaled, mask, ELEMENT, OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def amax_kernel(x_ptr, part_ptr, rows, cols, x_row, C: tl.constexpr):
     """Largest finite |x| of every num_programs-th row -> `part[program]`; no atomics, so no order to depend on."""
     amax = tl.zeros([C], tl.float32)
@@ -81,7 +81,7 @@ def amax_kernel(x_ptr, part_ptr, rows, cols, x_row, C: tl.constexpr):
     tl.store(part_ptr + tl.program_id(0), tl.max(amax, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def level_kernel(part_ptr, parts, level_ptr, DIVISOR: tl.constexpr, PARTS: tl.constexpr):
     """NVFP4's global scale: amax / (448 * 6), or 1 for a matrix of zeros."""
     i = tl.arange(0, PARTS)
@@ -89,7 +89,7 @@ def level_kernel(part_ptr, parts, level_ptr, DIVISOR: tl.constexpr, PARTS: tl.co
     tl.store(level_ptr, tl.where(level > 0, level, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows", "s_r", "s_g", "block_rows", "block_cols"])
 def tensor_kernel(
     x_ptr,
     q_ptr,

@@ -87,6 +87,17 @@ def test_levels_stored_beside_the_weight(op, g):
     assert_rows(y.reshape(-1, N), define(x, w, where, numerics=numerics).reshape(-1, N))
 
 
+def test_a_row_has_the_same_bytes_in_every_batch_where_that_was_ordered(platform, g):
+    w, numerics, x = setting("fp8_128x128", "checkpoint", F32, 170, g)
+    same = []
+    for rows in (1, 4, 170):
+        offsets = torch.full((E,), rows, dtype=torch.int32)
+        y = grouped.grouped_linear(x[:rows], w, offsets, numerics, F32, platform, invariant=True)
+        same.append(y[0])
+    assert torch.equal(same[0], same[1])
+    assert torch.equal(same[0], same[2])
+
+
 def test_one_row_for_many_experts(platform, g):
     w, numerics, x = setting("fp8_128x128", "checkpoint", F32, 1, g)
     offsets = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
