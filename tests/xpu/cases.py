@@ -20,6 +20,7 @@ from blockscale.conformance import Case
 from blockscale.formats import get_format
 from blockscale.kernels import triton as family
 from blockscale.kernels.triton import capability, gemm, grouped, quantize
+from blockscale.tensor import BlockScaled
 from blockscale.tuning import GemmTile, QuantizeTile
 
 F32 = torch.float32
@@ -141,6 +142,16 @@ EXECUTED = [
     Line("grouped nvfp4 w4a4", "pvc", _GROUPED, [_grouped("nvfp4")]),
     Line("grouped nvfp4 w4a16", "bmg", _GROUPED, [_grouped("nvfp4", numerics="weight_only")]),
 ]  # fmt: skip
+
+
+class _Off(Linear):
+    def run(self, problem: Any, x: torch.Tensor, w: BlockScaled, bias: torch.Tensor | None) -> torch.Tensor:
+        scale = w.scale.clone()
+        scale[0, 1] *= 1 + 1 / 64
+        return super().run(problem, x, replace(w, scale=scale), bias)
+
+
+PLANTED = Line("planted: a scale off by 1/64 is caught", "pvc", _Off(), [_linear(W8A8)])
 
 
 @contextmanager

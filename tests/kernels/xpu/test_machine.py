@@ -67,6 +67,20 @@ def test_doctor_prints_a_table_that_can_be_pasted(on):
     assert "xpu.fp8_gemm: needs the package vllm-xpu-kernels, which is not there" in result.output
 
 
+def test_explain_shows_the_whole_decision_on_any_machine():
+    result = run("explain", "--platform", "xpu:bmg+triton+vllm-xpu-kernels=0.1.16", "--shape", "576,7168")
+    assert result.exit_code == 0
+    said = result.output
+    assert "plan: M 1..: xpu.fp8_gemm" in said
+    assert "N=576 is ragged: the weight's scales are repeated to blocks of 128x64" in said
+    assert "x is copied where it is not contiguous" in said
+    assert "scaled_mm has not been tried on this platform" in said
+    order = [
+        said.index(f" {n}\n") for n in ("xpu.fp8_gemm", "torch_scaled.xpu_row", "triton.block", "reference.linear")
+    ]
+    assert order == sorted(order)
+
+
 def test_conformance_reports_the_package_s_kernels_in_one_document():
     standin.install()
     report = conformance.run("cpu", kernel="xpu", platform=Platform.parse(PACKAGE), quick=True)
