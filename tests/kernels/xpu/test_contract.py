@@ -133,6 +133,14 @@ def test_a_floor_that_the_op_ignores_is_computed_instead():
     assert torch.equal(q.scale, reference.quantize(x, get_format("fp8_1x128"), floor=0.5).scale)
 
 
+@pytest.mark.parametrize("ulp", [1 - 2.0**-24, 1 + 2.0**-23])
+def test_an_exponential_that_misses_a_power_of_two_by_an_ulp_costs_no_factor_of_two(ulp, monkeypatch):
+    case, honest = Case("quantize", "fp8_1x128_ue8m0", 5, 0, 384), standin.scale_of
+    monkeypatch.setattr(standin, "scale_of", lambda y, dims, ue8m0=False: honest(y, dims, ue8m0) * ulp)
+    failure, _ = check(quantize.GroupQuantize(), case)
+    assert failure is None, failure
+
+
 def test_what_is_not_finite_stays_visible_and_alone():
     x = torch.ones(2, 256)
     x[0, 1], x[1, 200] = torch.nan, torch.inf
