@@ -1,6 +1,7 @@
 """Write docs/platforms.md from `explain`: what serves each platform, asked of the registry and not from memory.
 
-The table of what compiles ahead of time comes from docs/aot.json, which `make aot` writes and CI compares.
+The table of what compiles ahead of time comes from docs/aot.json, which `make aot` writes and CI compares; those of
+Intel XPU from docs/xpu.json, which `python tests/xpu/run.py --record` writes and `make test-xpu` compares.
 
 python docs/make.py            write it
 python docs/make.py --check    exit 1 if it is not what the code says now
@@ -17,6 +18,7 @@ import torch
 from blockscale import Platform, Problem, get_format, get_numerics, select
 
 PAGE, AOT = Path(__file__).parent / "platforms.md", Path(__file__).parent / "aot.json"
+XPU = Path(__file__).parent / "xpu.json"
 
 PLATFORMS = {
     "cpu:avx2": "executed in CI",
@@ -31,9 +33,10 @@ PLATFORMS = {
     "rocm:gfx942+triton=3.6": "compiled for it in CI; not run on it",
     "rocm:gfx950+triton=3.6": "compiled for it in CI; not run on it",
     "rocm:gfx1201+triton=3.6": "compiled for it in CI; not run on it",
-    "xpu:bmg+triton=3.6": "executed on a CPU through SPIR-V in CI (docs/xpu.md); not run on Intel hardware",
-    "xpu:pvc+triton=3.6": "executed on a CPU through SPIR-V in CI; not run on Intel hardware",
-    "xpu:bmg+triton=3.6+vllm-xpu-kernels=0.1.16.2": "adapters run over stand-ins in CI; not run on Intel hardware",
+    "xpu:bmg+triton=3.6": "compiled, and executed on a CPU through SPIR-V (below); never run on Intel hardware",
+    "xpu:pvc+triton=3.6": "the same, and machine code without spills; never run on Intel hardware",
+    "xpu:dg2+triton=3.6": "the same, and machine code without spills; never run on Intel hardware",
+    "xpu:bmg+triton=3.6+vllm-xpu-kernels=0.1.16.2": "adapters executed over CPU stand-ins; never run on Intel hardware",
 }
 EXPERTS = ("grouped_linear", "masked_linear", "gathered_linear")
 FORMATS = ("fp8_128x128", "fp8_128x128_ue8m0", "mxfp4", "nvfp4")
@@ -86,7 +89,7 @@ def page() -> str:
     lines += ["## quantize", "", "| platform | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for platform in PLATFORMS:
         lines.append(f"| `{platform}` | " + " | ".join(plan_text(platform, "quantize", n) for n in names) + " |")
-    return "\n".join([*lines, "", *aot_table()]) + "\n"
+    return "\n".join([*lines, "", *aot_table(), "", *xpu_tables()]) + "\n"
 
 
 def aot_table() -> list[str]:
@@ -110,6 +113,58 @@ def aot_table() -> list[str]:
         found = next((row["native_instruction"] for row in mine if row["native_instruction"]), "-")
         cells = " | ".join(f"{row['seconds']:.1f} s" for row in mine)
         lines.append(f"| {target} | {cells} | `{found}` |".replace("`-`", "-"))
+    return lines
+
+
+def xpu_tables() -> list[str]:
+    """What of XPU was compiled, executed, emulated and never run, and with what."""
+    report = json.loads(XPU.read_text())
+    rows, tools = report["rows"], report["versions"]
+    assert not any(row["fault"] for row in rows), "docs/xpu.json: a row has a fault"
+    stages = {s: [row for row in rows if row["stage"] == s] for s in ("compiled", "machine code", "executed")}
+    targets = list(dict.fromkeys(row["target"] for row in stages["compiled"]))
+
+    def count(stage: str) -> str:
+        by = {t: sum(row["cases"] for row in stages[stage] if row["target"] == t) for t in targets}
+        return ", ".join(f"{t} {n}" for t, n in by.items() if n)
+
+    ocloc = next(f"{name} {tools[name]}" for name in ("intel-ocloc", "intel-opencl-icd") if name in tools)
+    runtime = f"pyopencl {tools['pyopencl']}, intel-opencl-rt {tools['intel-opencl-rt']}"
+    lines = [
+        "## Intel XPU: compiled, executed, emulated, never run",
+        "",
+        "`make test-xpu` does this on a machine without Intel hardware; docs/xpu.md says what it shows.",
+        "",
+        "| stage | with | launches or cases | result |",
+        "|---|---|---|---|",
+        f"| compiled to SPIR-V: every launch that ships | triton-xpu {tools['triton-xpu']} | {count('compiled')} | "
+        "matrix instructions (DPAS) in every multiplication for pvc and bmg; none for dg2, whose code has fused "
+        "multiply-adds |",
+        f"| compiled to machine code: the same | ocloc of Debian ({ocloc}, which does not "
+        f"know bmg) | {count('machine code')} | no register spilled |",
+        f"| executed on a CPU | {runtime} | {count('executed')} | quantizers and codec: every byte equal; "
+        "multiplications: within the bound of an fp32 sum |",
+        "| emulated | `tests/xpu/dpas.cl` | every DPAS of what was executed | in software: fp32, rising K |",
+        "| executed over CPU stand-ins | `tests/intel/standin.py`, as the ops of vllm-xpu-kernels 0.1.16.2 behave | in "
+        "`make test` | adapters conform |",
+        "| shapes, devices, dtypes | fake tensors on device xpu, whole models | in `make test` | pass |",
+        "| run on an Intel GPU | - | **never** | no claim about speed, drivers, subnormals, the order of sums |",
+        "",
+        "Executed kernels, tiles of 32x32x32, every edge ragged:",
+        "",
+        "| kernel | target | cases | bytes equal, or worst error over its bound |",
+        "|---|---|---|---|",
+    ]
+    for row in stages["executed"]:
+        found = row["equal_bytes"] or ("as expected" if row["max_error"] is None else f"{row['max_error']:.2g}")
+        lines.append(f"| {row['kernel']} | {row['target']} | {row['cases']} | {found} |")
+    lines += ["", "Launches that ship, compiled (\\*: and on to machine code):", ""]
+    lines += ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
+    held = {(row["kernel"], row["target"], row["stage"]): row["cases"] for row in rows}
+    star = {(*key, "machine code"): "\\*" for key in {(row["kernel"], row["target"]) for row in stages["machine code"]}}
+    for kernel in dict.fromkeys(row["kernel"] for row in stages["compiled"]):
+        texts = [f"{held[kernel, t, 'compiled']}{star.get((kernel, t, 'machine code'), '')}" for t in targets]
+        lines.append(f"| {kernel} | " + " | ".join(texts) + " |")
     return lines
 
 

@@ -115,7 +115,7 @@ def test_the_report_counts_a_faulty_kernel():
     finally:
         blockscale.unregister(kernel)
     assert (report.passed, report.failed) == (0, report.cases)
-    assert report.cases == 2
+    assert report.cases == 4
     assert json.loads(json.dumps(report.to_json()))["failures"][0]["kernel"] == "faulty.linear"
 
 

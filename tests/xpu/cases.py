@@ -20,6 +20,7 @@ from blockscale.conformance import Case
 from blockscale.formats import get_format
 from blockscale.kernels import triton as family
 from blockscale.kernels.triton import capability, gemm, grouped, quantize
+from blockscale.tensor import BlockScaled
 from blockscale.tuning import GemmTile, QuantizeTile
 
 F32 = torch.float32
@@ -99,9 +100,11 @@ EXECUTED = [
     Line("quantize tensor", "dg2", _QUANTIZE, [_quantize("fp8_tensor", 5, 200)]),
     Line("quantize given scales", "pvc", _QUANTIZE, [_quantize("fp8_1x128", 5, 384, dtype=F32, edge="static")]),
     Line("quantize fnuz", "pvc", _QUANTIZE, [_quantize("fp8fnuz_1x128", 5, 384, dtype=F32, edge="nonfinite")]),
-    Line("quantize mxfp8", "pvc", _QUANTIZE, [_quantize("mxfp8", 5, 96), _quantize("mxfp8", 5, 96, edge="nonfinite")]),
+    Line("quantize mxfp8", "pvc", _QUANTIZE, [
+        _quantize("mxfp8", 5, 288), *(_quantize("mxfp8", 5, 288, edge=e) for e in EDGES),
+    ]),
     Line("quantize mxfp4", "pvc", _QUANTIZE, [
-        _quantize("mxfp4", 3, 96), *(_quantize("mxfp4", 5, 96, edge=e) for e in EDGES),
+        _quantize("mxfp4", 3, 288), *(_quantize("mxfp4", 5, 288, edge=e) for e in EDGES),
     ]),
     Line("quantize mxfp4", "dg2", _QUANTIZE, [_quantize("mxfp4", 5, 104)]),
     Line("quantize nvfp4", "bmg", _QUANTIZE, [_quantize("nvfp4", 5, 104), _quantize("nvfp4", 5, 104, edge="zeros")]),
@@ -139,6 +142,16 @@ EXECUTED = [
     Line("grouped nvfp4 w4a4", "pvc", _GROUPED, [_grouped("nvfp4")]),
     Line("grouped nvfp4 w4a16", "bmg", _GROUPED, [_grouped("nvfp4", numerics="weight_only")]),
 ]  # fmt: skip
+
+
+class _Off(Linear):
+    def run(self, problem: Any, x: torch.Tensor, w: BlockScaled, bias: torch.Tensor | None) -> torch.Tensor:
+        scale = w.scale.clone()
+        scale[0, 1] *= 1 + 1 / 64
+        return super().run(problem, x, replace(w, scale=scale), bias)
+
+
+PLANTED = Line("planted: a scale off by 1/64 is caught", "pvc", _Off(), [_linear(W8A8)])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`make test-xpu`: our Triton kernels through Intel's compiler, on this CPU, without Intel hardware.
 
     python tests/xpu/run.py [--folder build/xpu] [--out build/xpu.json] [--only codec|executed|compiled]… [--match TEXT]
+                            [--record]
 
 Installs what it needs: a venv of its own with triton-xpu (it takes the package name `triton`), Intel's CPU OpenCL
 runtime and pyopencl; and `ocloc` from Debian, as root. Writes one row for each kernel, target and stage, and exits 1
@@ -21,9 +22,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from cases import EXECUTED, Row, decode_all, encode_all, execute
+from cases import EXECUTED, PLANTED, Row, decode_all, encode_all, execute
 from executor import Worker
 from install import ocloc, venv_python, versions
 from shipped import shipped
@@ -32,6 +34,7 @@ from blockscale.kernels.triton import capability
 from blockscale.platform import Platform
 
 TARGETS = ("pvc", "bmg", "dg2")
+RECORD = Path(__file__).parents[2] / "docs" / "xpu.json"
 MULTIPLIES = ("linear", "grouped")
 
 
@@ -69,7 +72,7 @@ def compiled(worker: Worker, match: str = "") -> Iterator[Row]:
                 yield row
                 if known and not row.fault:
                     jobs = [pool.submit(machine_code, tool or "", target, *b) for b in binaries]
-                    waiting.append((Row(name, target, "machine code", len(jobs)), jobs))
+                    waiting.append((Row(name, target, "machine code", row.cases), jobs))
         for row, jobs in waiting:
             row.spills = sum(job.result()[0] for job in jobs)
             row.fault = next((job.result()[1] for job in jobs if job.result()[1]), None)
@@ -100,6 +103,16 @@ def executed(worker: Worker, match: str = "") -> Iterator[Row]:
     for line in EXECUTED:
         if match in line.name:
             yield execute(worker, line)
+    if not match:
+        yield planted(worker)
+
+
+def planted(worker: Worker) -> Row:
+    """A fault must show: one scale of W8A8's weights off by 1/64."""
+    row = execute(worker, PLANTED)
+    seen, row.max_error = row.fault, None
+    row.fault = None if seen and "at [" in seen else f"a planted fault went unnoticed: {seen}"
+    return row
 
 
 def codec(worker: Worker, match: str = "") -> Iterator[Row]:
@@ -156,6 +169,27 @@ STAGES: dict[str, Callable[[Worker, str], Iterator[Row]]] = {
 }  # fmt: skip
 
 
+def recorded(report: dict[str, Any]) -> str:
+    """The report for docs/xpu.json: one row a line, without what changes with a tile or a machine."""
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "dpas")} for row in report["rows"]]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"versions": {json.dumps(report["versions"])},\n"rows": [\n{lines}\n]}}\n'
+
+
+def compare(rows: list[Row]) -> Row:
+    """Whether docs/xpu.json, and so docs/platforms.md, still tells what ran. Rows may be added (another ocloc)."""
+    answer = Row("docs/xpu.json", "all", "compared", 0)
+    ran = {(r.kernel, r.target, r.stage): asdict(r) for r in rows}
+    for told in json.loads(RECORD.read_text())["rows"]:
+        answer.cases += 1
+        now = ran.get((told["kernel"], told["target"], told["stage"]), {})
+        differs = [k for k in ("cases", "equal_bytes", "spills") if now.get(k) != told[k]]
+        if differs and answer.fault is None:
+            name = f"{told['kernel']} {told['target']} {told['stage']}"
+            answer.fault = f"{name}: {', '.join(differs)} changed; run with --record, then make docs"
+    return answer
+
+
 def text(row: Row) -> str:
     what = row.equal_bytes or (f"{row.max_error:.3g} of the bound" if row.max_error is not None else "")
     what += f" {row.spills} spills" if row.spills is not None else ""
@@ -168,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/xpu"), help="the venv and the caches")
     parser.add_argument("--out", type=Path, default=Path("build/xpu.json"))
     parser.add_argument("--only", choices=list(STAGES), action="append")
+    parser.add_argument("--record", action="store_true", help="write docs/xpu.json, what docs/platforms.md tells")
     parser.add_argument("--match", default="", help="only rows of kernels whose name holds this (no codec rows)")
     chosen = parser.parse_args(argv)
     began = time.monotonic()
@@ -184,6 +219,11 @@ def main(argv: list[str] | None = None) -> int:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"versions": versions(), "seconds": round(time.monotonic() - began), "rows": [asdict(r) for r in rows]}
         chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+    if chosen.record:
+        RECORD.write_text(recorded(report))
+    elif not chosen.only and not chosen.match:
+        rows.append(compare(rows))
+        print(text(rows[-1]))
     failed = sum(row.fault is not None for row in rows)
     print(f"{time.monotonic() - began:.0f} s -> {chosen.out}")
     print(f"{len(rows) - failed} passed, {failed} failed", flush=True)

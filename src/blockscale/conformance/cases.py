@@ -81,6 +81,19 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
     yield from _quantize(quick)
     yield from _fused(quick)
     yield from _dense(quick)
+    if quick:
+        yield from _whole()
+
+
+def _whole() -> Iterator[Case]:
+    """Whole blocks of 128, for kernels that take nothing else: the other quick cases are ragged."""
+    for policy in ("checkpoint", "weight_only"):
+        yield Case("linear", "fp8_128x128", 3, 256, 384, numerics=policy)
+        yield Case("grouped_linear", "fp8_128x128", 9, 256, 384, numerics=policy, groups=5)
+    yield Case("grouped_linear", "mxfp4", 9, 256, 384, numerics="weight_only", groups=5)
+    yield Case("matmul", "fp8_128x128", 3, 256, 384)
+    for name in ("fp8_1x128", "fp8_row", "fp8_tensor"):
+        yield Case("quantize", name, 3, 0, 384)
 
 
 def _fits(fmt: Format, k: int) -> bool:

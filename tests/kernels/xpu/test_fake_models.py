@@ -6,11 +6,9 @@ fake tensor on "xpu", and a forward pass runs the kernels that the registry chos
 reference. A tensor made on another device, or cast to a dtype that a kernel did not ask for, raises.
 """
 
-import importlib.util
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,32 +16,19 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from blockscale import layouts, library
+from blockscale import layouts, library, registry
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.integrations import transformers as integration
-from blockscale.kernels import triton as family
 from blockscale.kernels.triton import gemm, grouped, operands, quantize
 from blockscale.nn.linear import WeightModule
 from blockscale.observe import calls
 from blockscale.platform import Platform
+from intel import fake_xpu, standin
 from makers import make_deepseek_v3, make_deepseek_v4, make_llama, make_qwen3_moe
 
 PACKAGE = "xpu:bmg+triton=3.6+torch=2.13+vllm-xpu-kernels=0.1.16.2"
 TRITON = "xpu:pvc+triton=3.6+torch=2.13"
 BARE = "xpu:dg2+torch=2.13"
-
-
-def beside(name):
-    """A module of this folder, once a process: ops can be registered only once."""
-    key = f"tests_kernels_xpu_{name}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[key] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
-standin, fakes = beside("standin"), beside("fake_xpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +56,7 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "blockscale":
             return func(*args, **(kwargs or {}))
-        with fakes.Rewrite():
+        with fake_xpu.Rewrite():
             return getattr(library, f"_{func._schema.name.split('::')[1]}")(*args, **(kwargs or {}))
 
 
@@ -85,18 +70,22 @@ def described(text, monkeypatch, launches):
         assert {t.device.type for t in tensors} == {"xpu"}, f"{self.__name__} on {[t.device for t in tensors]}"
         launches[self.__name__] += 1
 
-    bound = (library._bind_weight, library._bind_result, library._bind_dense)
+    asking = [m for name, m in sys.modules.items() if name.startswith("blockscale.") and hasattr(m, "detect")]
     with monkeypatch.context() as patch:
-        for module in (library, family):
+        for module in asking:
             patch.setattr(module, "detect", lambda device: platform)
         for module in (gemm, grouped, operands, quantize):
             patch.setattr(module, "on_device", lambda tensor: nullcontext())
         patch.setattr(JITFunction, "run", launch)
-        for memo in bound:
-            memo.cache_clear()
+        forget()
         yield platform
-    for memo in bound:
-        memo.cache_clear()
+    forget()
+
+
+def forget():
+    """Choices that are memoised by device, which is another one now."""
+    for callback in registry.on_change:
+        callback()
 
 
 def move(model):
@@ -135,7 +124,7 @@ def test_a_whole_model_moves_to_xpu_and_runs(name, platform, dtype, want, checkp
                 module._hold(layouts.convert(module.quantized, layout))
         stored = {n: b.dtype for n, b in model.named_buffers() if b is not None}
         calls.clear()
-        with fakes.fake_xpu():
+        with fake_xpu.fake_xpu():
             move(model)
             with Kernels():
                 logits = model(torch.zeros(2, 5, dtype=torch.long, device="xpu"), use_cache=False).logits
@@ -148,7 +137,7 @@ def test_a_whole_model_moves_to_xpu_and_runs(name, platform, dtype, want, checkp
 
 def test_a_tensor_on_another_device_would_be_noticed(checkpoints, monkeypatch):
     model = integration.load(checkpoints / "llama")
-    with described(BARE, monkeypatch, Counter()), fakes.fake_xpu():
+    with described(BARE, monkeypatch, Counter()), fake_xpu.fake_xpu():
         move(model)
         strayed = model.model.layers[1].mlp.down_proj
         strayed._buffers["weight_scale_inv"] = strayed.quantized.scale.to("cpu")

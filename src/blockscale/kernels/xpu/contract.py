@@ -2,7 +2,7 @@
 
 The package's interface moves between releases. Each adapter is written for one schema; a platform says which schema
 is installed, and a difference is a refusal that shows both. What the ops do beyond their schemas is below, and the
-contract tests run the adapters against CPU implementations that behave the same (tests/kernels/xpu/standin.py).
+contract tests run the adapters against CPU implementations that behave the same (tests/intel/standin.py).
 
 Source: the wheel 0.1.16.2 (schemas; its Python callers) and the package's C++ sources as published on GitHub.
 """

@@ -247,11 +247,11 @@ def exact_scales(x: Tensor, fmt: Format, floor: float) -> Tensor:
 
 
 def _stored(scale: Tensor, fmt: Format) -> Tensor:
-    """fp32 scales as the format keeps them. Powers of two of normal size, so the exponent's bits are the E8M0 byte;
-    `layouts.encode_e8m0` would wait for the device to check that."""
+    """fp32 scales as the format keeps them. Powers of two of normal size, so the exponent's bits are the E8M0 byte, to
+    the nearest: a device's exp2 may be an ulp short. `layouts.encode_e8m0` would wait for the device to check."""
     if fmt.scale_dtype != torch.float8_e8m0fnu:
         return scale
-    return (scale.contiguous().view(torch.int32) >> 23).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return ((scale.contiguous().view(torch.int32) + 0x400000) >> 23).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _rounding(problem: Problem, fmt: Format) -> Iterator[str]:
