@@ -221,7 +221,7 @@ def extra_jobs(me: list[str]) -> list[list[str]]:
             *me,
             "--tiny",
             "--check",
-            "wide-64-u8-p2-g2-s1,swap-16-g1-k2-x1-s1,swap-32-g2-k2-x1-s2,wide-192-u4-p1-g2-s1",
+            "wide-64o-u8-p2-g2-s1-x1-y64,swap-16-g1-k2-x1-s1,swap-32-g2-k2-x1-s2,wide-256t-u2-p1-g2-s1-x1-y64",
         ]
         jobs += [[sanitizer, "--tool", tool, *small] for tool in ("memcheck", "racecheck")]
     return jobs
@@ -316,7 +316,9 @@ def to_tune(m: int, n: int, k: int) -> list[Config]:
                 continue
             grids = set()
             for parts in (1, 2, 3) if m >= 128 else (1,):
-                config = Wide(bn, u, parts, groups, step)
+                config = Wide(
+                    bn, u, parts, groups, step, way="t" if groups == 3 or bn == 256 else "r" if bn == 192 else "o"
+                )
                 grid = configs.wide_grid(config, m, n, k, sms)
                 if parts > 1 and (not grid.cut_tiles or grid in grids or (m >= 2048 and parts == 2)):
                     continue

@@ -32,7 +32,9 @@ def launch(config: Config, m: int, n: int, k: int, out: torch.dtype = BF16, e8m0
     ("text", "shape", "out", "e8m0"),
     [
         ("swap-16-g2-k2-x1-s2", (16, 576, 2048), BF16, True),
-        ("wide-64-u4-p2-g2-s1", (130, 576, 1024), torch.float32, False),
+        ("wide-64o-u4-p2-g2-s1-x1-y64", (130, 576, 1024), torch.float32, False),
+        ("wide-256t-u2-p1-g2-s1-x1-y64", (300, 576, 1024), BF16, False),
+        ("wide-128t-u4-p3-g1-s1-x2-y64", (64, 576, 1024), BF16, False),
     ],
 )
 def test_it_compiles_to_fp8_wgmma(text: str, shape: tuple[int, int, int], out: torch.dtype, e8m0: bool) -> None:

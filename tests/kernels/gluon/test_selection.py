@@ -22,9 +22,9 @@ from blockscale.reference import quantize
         (33, 5120, 3072, "swap-64-g1-k1-x1-s1"),
         (32, 5120, 3072, "swap-32-g1-k1-x1-s2"),
         (16, 192, 128, "swap-16-g1-k1-x1-s1"),  # K is one k-block: nothing to split
-        (128, 512, 7168, "wide-32-u8-p4-g2-s1"),
-        (512, 4096, 7168, "wide-128-u8-p1-g2-s1"),
-        (4096, 4096, 7168, "wide-128-u8-p1-g2-s1-nopdl"),
+        (128, 512, 7168, "wide-32o-u8-p4-g2-s1-x1-y64"),
+        (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y64"),
+        (4096, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y64-nopdl"),
     ],
 )
 def test_rule(m: int, n: int, k: int, config: str) -> None:

@@ -6,7 +6,8 @@ launch. Triton is imported when a kernel first runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,11 +76,14 @@ class _Linear(_Gluon):
             yield f"act_floor {problem.numerics.act_floor:g} is below {_SMALLEST_FLOOR:g}: scales could be subnormal"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-        from .quantize import quantize
+        return _eager()(problem, x, w, bias)
 
-        act = problem.activation_format
-        assert act is not None
-        return self._multiply(problem, quantize(x, act, problem.numerics.act_floor), w, bias)
+
+@cache
+def _eager() -> Callable[[Problem, Tensor, BlockScaled, Tensor | None], Tensor]:
+    from .eager import linear  # imports triton
+
+    return linear
 
 
 class _Matmul(_Gluon):

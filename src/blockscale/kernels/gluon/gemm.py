@@ -15,18 +15,21 @@ from .config import Config, Wide, ceil_div
 from .launch import Launch
 
 
-def launch(x: BlockScaled, w: BlockScaled, bias: Tensor | None, y: Tensor, config: Config, sm_count: int) -> Launch:
+def launch(
+    x: BlockScaled, w: BlockScaled, bias: Tensor | None, y: Tensor, config: Config, sm_count: int,
+    workspace: Tensor | None = None,
+) -> Launch:  # fmt: skip
     """One launch of `y = x @ w.T + bias`.
 
     x: fp8_1x128 [M, K] in layout "tma"; w: fp8_128x128 [N, K] in layout "row"; y: [M, N], rows at multiples of
-    16 bytes for a Wide configuration.
+    16 bytes for a Wide configuration. workspace: fp32 for partial tiles (`config.floats`), else allocated here.
     """
     e8m0 = w.scale.dtype == torch.float8_e8m0fnu  # its bytes are decoded in the kernel: triton knows no such dtype
     w_scale = w.scale.view(torch.uint8) if e8m0 else decode_scale(w.scale)
     operands = (x.data, x.scale, w.data, w_scale, bias, y)
     if isinstance(config, Wide):
-        return wide.launch(*operands, config, sm_count)
-    return swap.launch(*operands, config, sm_count)
+        return wide.launch(*operands, config, sm_count, workspace)
+    return swap.launch(*operands, config, sm_count, workspace)
 
 
 def multiply(

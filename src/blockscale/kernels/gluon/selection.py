@@ -50,7 +50,7 @@ def _wide(m: int, n: int, k: int, sm_count: int) -> list[Wide]:
     found: dict[tuple[int, Grid], Wide] = {}
     for bn, unroll in ((32, 8), (64, 8), (128, 8), (192, 4), (256, 2)):
         for parts in (1, 2, 3, 4):
-            config = Wide(bn, min(unroll, 4) if k < 1024 else unroll, parts, pdl=m < 2048)
+            config = Wide(bn, min(unroll, 4) if k < 1024 else unroll, parts, way="r" if bn > 128 else "o", pdl=m < 2048)
             grid = wide_grid(config, m, n, k, sm_count)
             if parts == 1 or grid.cut_tiles:
                 found.setdefault((bn, grid), config)

@@ -13,7 +13,6 @@ the partial tiles in program order: same bytes whoever that is, in one launch.
 # ruff: noqa: SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,7 +30,7 @@ from .device import (
     scale_boxes,
     weight_scale,
 )
-from .launch import Launch, flat, matrix, take_tickets
+from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 
 
 @gluon.jit
@@ -249,17 +248,16 @@ def swap_kernel(
 
 
 def launch(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Swap, sm_count: int
-) -> Launch:
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Swap, sm_count: int,
+    workspace: Tensor | None = None,
+) -> Launch:  # fmt: skip
     """Arguments of one launch; operands as for `wide.launch`, y with any row distance."""
     (m, k), n = x.shape, w.shape[0]
     programs = config.programs(m, n, k, sm_count)
+    parts, tickets = w_scale, w_scale  # unused
     if config.split != 1:
-        slots = programs * (1 if config.split else 2)
-        workspace = torch.empty(slots * 64 * config.tokens, device=x.device, dtype=torch.float32)
+        parts = workspace if workspace is not None else partial_tiles(x.device, config.floats(programs))
         tickets = take_tickets(x.device, config.tiles(m, n))
-    else:
-        workspace, tickets = w_scale, w_scale  # unused
     arguments = (
         matrix(x, config.tokens, 128),
         matrix(w, 64, 128),
@@ -267,7 +265,7 @@ def launch(
         flat(w_scale),
         y,
         w_scale if bias is None else bias,
-        workspace,
+        parts,
         tickets,
         x_scale.stride(0),
         w_scale.stride(0),

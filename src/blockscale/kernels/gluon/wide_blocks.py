@@ -16,10 +16,20 @@ from .device import advance, promote_rows, weight_scale
 
 
 @gluon.jit
+def _x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
+    """The 64 rows of x of warpgroup WG. at: k-block in the ring. Boxes hold all rows of a tile, or 64 where these are
+    no power of two."""
+    if GROUPS == 3:
+        return x_bufs.index(at * GROUPS + WG)
+    else:
+        return x_bufs.index(at).slice(WG * 64, 64)
+
+
+@gluon.jit
 def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
            GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
     """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
-    x = x_bufs.index((stage * STEP + j) * GROUPS + WG)
+    x = _x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
     w = w_bufs.index(stage * STEP + j).permute((1, 0))
     partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
@@ -63,25 +73,51 @@ def _blocks_overlapped(
 
 
 @gluon.jit
+def _put(items, at: gl.constexpr, item):
+    """The tuple `items` with another item at `at`."""
+    out = ()
+    for i in gl.static_range(len(items)):
+        if i == at:
+            out = out + (item,)
+        else:
+            out = out + (items[i],)
+    return out
+
+
+@gluon.jit
 def _blocks_in_turn(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
-    """The same with one set of partial products, for three warpgroups: each promotes while the other two multiply."""
+    """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
+
+    The registers saved make room for twice the columns. REGISTERS: x is read from shared memory once for all pieces.
+    """
+    PIECES: gl.constexpr = len(accs)
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    acc = accs[0]
-    partial = gl.zeros(acc.shape, gl.float32, layout=mma)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
+    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
     for u in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
         for j in gl.static_range(STEP):
-            busy, scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, partial, j, WG, GROUPS, STEP,
-                                 rows)  # fmt: skip
-            partial = warpgroup_mma_wait(0, deps=(busy,))
-            if j == STEP - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
-            acc = promote_rows(acc, partial, scale)
+            x = _x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+            if REGISTERS:
+                x = x.load(operand)
+            for p in gl.static_range(PIECES):
+                w = w_bufs.index((stage * STEP + j) * PIECES + p).permute((1, 0))
+                busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+                if p == 0:
+                    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
+                scale = x_scale * weight_scale(
+                    ws_boxes, stage * (2 if PIECES > 1 else 1) + p, at + p * ws_ld + u * STEP, j, rows
+                )
+                partial = warpgroup_mma_wait(0, deps=(busy,))
+                if j == STEP - 1 and p == PIECES - 1:
+                    mbarrier.arrive(empty.index(stage), count=1)
+                accs = _put(accs, p, promote_rows(accs[p], partial, scale))
         stage, phase = advance(stage, phase, STAGES)
-    return (acc,), stage, phase
+    return accs, stage, phase
 
 
 @gluon.jit
@@ -103,18 +139,6 @@ def plus(accs, part):
 
 
 @gluon.jit
-def _put(items, at: gl.constexpr, item):
-    """The tuple `items` with another item at `at`."""
-    out = ()
-    for i in gl.static_range(len(items)):
-        if i == at:
-            out = out + (item,)
-        else:
-            out = out + (items[i],)
-    return out
-
-
-@gluon.jit
 def _blocks_from_registers(
     accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
     GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
@@ -132,7 +156,7 @@ def _blocks_from_registers(
     scale = gl.zeros((64,), gl.float32, layout=rows)
     for j in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
-        x = x_bufs.index(stage * GROUPS + WG).load(operand)
+        x = _x_rows(x_bufs, stage, WG, GROUPS).load(operand)
         for p in gl.static_range(PIECES):
             w = w_bufs.index(stage * PIECES + p).permute((1, 0))
             started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
@@ -167,15 +191,16 @@ def _blocks_from_registers(
 @gluon.jit
 def multiply_steps(
     accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
-    """U steps of a tile, by the way that its shape asks for. at: flat index of the first weight scale."""
-    if len(accs) > 1:
+    """U steps of a tile. at: flat index of the first weight scale. WAY: see `config.Wide`."""
+    if WAY == "r":
         return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
                                       odd, WG, GROUPS, U, STAGES, mma)  # fmt: skip
-    elif GROUPS == 3:
-        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS, STEP,
-                               U, STAGES, mma)  # fmt: skip
-    else:
+    elif WAY == "o":
         return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
                                   STEP, U, STAGES, mma)  # fmt: skip
+    else:
+        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, WG,
+                               GROUPS, STEP, U, STAGES, WAY == "x", mma)  # fmt: skip

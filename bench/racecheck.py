@@ -1,0 +1,48 @@
+"""What compute-sanitizer is run on: one small launch of a Hopper kernel, or of a kernel that is nothing but dispatch.
+
+    compute-sanitizer --tool racecheck python bench/racecheck.py bare
+    compute-sanitizer --tool racecheck python bench/racecheck.py wide-128o-u8-p1-g2-s1-x1-y64
+
+"bare" is Gluon's `warp_specialize` with one store in each partition and no shared memory of its own: hazards that are
+reported for it are those of the compiler's dispatch, which writes the byte that waiting warps read.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from blockscale.kernels.gluon.config import parse
+from blockscale.kernels.gluon.gemm import launch
+from gemm import Case, check, sm_count
+
+
+@gluon.jit
+def _store(out, value: gl.constexpr):
+    gl.store(out + value, value)
+
+
+@gluon.jit
+def bare_kernel(out):
+    """Two partitions, a store each."""
+    gl.warp_specialize([(_store, (out, 0)), (_store, (out, 1))], [1], [24])
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name == "bare":
+            out = torch.full((2,), -1, device="cuda", dtype=torch.int32)
+            bare_kernel[(2,)](out, num_warps=4, maxnreg=128)
+            torch.cuda.synchronize()
+            print(name, "right" if out.tolist() == [0, 1] else f"got {out.tolist()}", flush=True)
+        else:
+            case = Case(9 if name.startswith("swap") else 130, 192, 512)
+            x, w, y = case.operands(0)
+            print(name, check(launch(x, w, None, y, parse(name), sm_count()).run, case) or "right", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

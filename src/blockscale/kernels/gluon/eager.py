@@ -1,0 +1,139 @@
+"""The call of a linear layer, made cheap: what depends on the weight and on M is prepared once and then started.
+
+A call allocates y, puts its address and that of x in place and starts two kernels. Quantized x, its scales and partial
+tiles lie in scratch memory that a thread keeps for each stream, where launches run one after another; large ones are
+allocated by each call. A captured call goes through Triton's launcher, with memory and tickets of its own: its replays
+may run beside anything, and cost the host nothing anyway.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from threading import get_ident
+
+import torch
+from torch import Tensor
+
+from ...formats import get_format
+from ...platform import detect
+from ...registry import Problem
+from ...tensor import BlockScaled
+from . import gemm, quantize
+from .config import ceil_div, floats
+from .direct import Direct
+from .launch import Launch
+from .selection import choose
+
+_MOST_PREPARED = 1 << 13
+_KEPT_SCRATCH = 1 << 24
+"""Bytes of scratch memory that each pair of thread and stream keeps."""
+_READ_AS_STORED = (torch.float32, torch.float8_e8m0fnu)  # weight scales that no conversion comes before
+
+
+class Prepared:
+    """Quantize x and multiply, for one weight, one M and one thread.
+
+    It holds addresses of the weight but no reference: a weight that comes to lie at the same address later has the
+    same descriptors.
+    """
+
+    def __init__(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None, stream: int) -> None:
+        act = problem.activation_format
+        assert act is not None
+        self.problem = problem
+        m, n, k = x.shape[0], problem.n, problem.k
+        sms = int(detect(x.device).value("sms") or 132)
+        config = choose(m, n, k, sms)
+        per_16_bytes = 16 // problem.out_dtype.itemsize
+        self.y_shape = (m, ceil_div(n, per_16_bytes) * per_16_bytes)
+        groups, ld = ceil_div(k, 128), ceil_div(m, 4) * 4
+        self.scale_at = ceil_div(m * k, 128) * 128
+        self.parts_at = self.scale_at + ceil_div(groups * ld * 4, 128) * 128
+        self.splits = floats(config, m, n, k, sms)
+        self.bytes = self.parts_at + 4 * self.splits
+        self.device, self.dtype = x.device, problem.out_dtype
+        self.kept = _scratch(x.device, stream, get_ident()) if self.bytes <= _KEPT_SCRATCH else None
+        scratch = self._allocate() if self.kept is None else self.kept
+        data = scratch[: m * k].view(torch.float8_e4m3fn).view(m, k)
+        scale = scratch[self.scale_at : self.scale_at + groups * ld * 4].view(torch.float32).view(groups, ld)
+        y = torch.empty(self.y_shape, device=x.device, dtype=problem.out_dtype)
+        q = BlockScaled.trusted(data, scale, get_format("fp8_1x128"), "tma", (m, k))
+        first = quantize.launch(x, data, scale, act.scale_rounding == "pow2_ceil", problem.numerics.act_floor)
+        parts = scratch[self.parts_at : self.bytes].view(torch.float32) if self.splits else None
+        second = gemm.launch(q, w, bias, y[:, :n], config, sms, parts)
+        self.tickets = second.argument("tickets") if self.splits else None
+        self.quantize, self.multiply = _direct(first), _direct(second)
+        self.y_in_map = "y_desc" in self.multiply.maps
+
+    def _allocate(self) -> Tensor:
+        return torch.empty(self.bytes, device=self.device, dtype=torch.uint8)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, stream: int) -> Tensor:
+        y = torch.empty(self.y_shape, device=self.device, dtype=self.dtype)
+        first, second = self.quantize, self.multiply
+        first.pointers["x_ptr"].value = x.data_ptr()
+        if bias is not None:
+            second.pointers["bias_ptr"].value = bias.data_ptr()
+        if self.y_in_map:
+            second.maps["y_desc"].point_to(y.data_ptr())
+        else:
+            second.pointers["y_ptr"].value = y.data_ptr()
+        if self.kept is None:
+            scratch = self._allocate()  # named: it must outlive the launches
+            self._use(scratch.data_ptr())
+        first.start(stream)
+        second.start(stream)
+        n = self.problem.n
+        return y if self.y_shape[1] == n else y[:, :n].contiguous()
+
+    def _use(self, scratch: int) -> None:
+        first, second = self.quantize, self.multiply
+        first.pointers["data_ptr"].value = scratch
+        first.pointers["scale_ptr"].value = scratch + self.scale_at
+        second.maps["x_desc"].point_to(scratch)
+        second.maps["xs_desc"].point_to(scratch + self.scale_at)
+        if self.splits:
+            second.pointers["workspace"].value = scratch + self.parts_at
+
+
+@cache
+def _scratch(device: torch.device, stream: int, thread: int) -> Tensor:
+    return torch.empty(_KEPT_SCRATCH, device=device, dtype=torch.uint8)
+
+
+def _direct(launch: Launch) -> Direct:
+    return Direct(launch, launch.run())
+
+
+_prepared: dict[tuple[int, ...], Prepared] = {}
+
+
+def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
+    """`quantize(x) @ w.T + bias`: [M, N]. x: [M, K] on the weight's device."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    device = x.get_device()
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return linear(problem, x, w, bias)
+    if torch.cuda.is_current_stream_capturing() or w.scale.dtype not in _READ_AS_STORED:
+        return _through_triton(problem, x, w, bias)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    # kernels are compiled for aligned or unaligned addresses; a thread may change addresses between another's two starts
+    alignments = x.data_ptr() % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
+    key = (w.data.data_ptr(), w.scale.data_ptr(), x.shape[0], x.stride(0), alignments, stream, get_ident())
+    prepared = _prepared.get(key)
+    if prepared is None or prepared.problem is not problem:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared = Prepared(problem, x, w, bias, stream)
+    return prepared(x, bias, stream)
+
+
+def _through_triton(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
+    act = problem.activation_format
+    assert act is not None
+    sms = int(detect(x.device).value("sms") or 132)
+    config = choose(x.shape[0], problem.n, problem.k, sms)
+    q = quantize.quantize(x, act, problem.numerics.act_floor)
+    return gemm.multiply(q, w, bias, problem.out_dtype, config, sms)
