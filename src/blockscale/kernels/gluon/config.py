@@ -23,8 +23,9 @@ def ceil_div(a: int, b: int) -> int:
 class Wide:
     """A configuration of `wide.py`: tiles of `64 * groups` tokens x `bn` weight rows.
 
-    bn: 16 to 256. way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
-        "o" overlapped: one piece, two sets of partial products; bn <= 128.
+    bn: 16, 32, 64, 96, 128, 160, 192 or 256. way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
+        "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
+            160 or 192, with one set each.
         "t" in turn: pieces of at most 128 columns, one set of partial products, x from shared memory.
         "x" the same with x from registers. "r" pieces of 64 columns, two sets, x from registers; bn 192 or 256.
     unroll: k-blocks between two points where the tensor cores run dry.
@@ -56,7 +57,7 @@ class Wide:
     @property
     def piece(self) -> int:
         """Width of one piece: columns of one wgmma."""
-        return 64 if self.way == "r" else min(self.bn, 128)
+        return 64 if self.way == "r" else min(self.bn & -self.bn, 128)
 
     @property
     def pieces(self) -> int:

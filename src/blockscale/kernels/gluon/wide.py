@@ -101,16 +101,16 @@ def _consumer(
         m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
-        odd = n % 128 != 0
+        start = n % 128
         accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + (s0 + c * U) * STEP, ws_ld, odd, WG, GROUPS, STEP, U, STAGES,
+                                                at + (s0 + c * U) * STEP, ws_ld, start, WG, GROUPS, STEP, U, STAGES,
                                                 WAY, mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + s * STEP, ws_ld, odd, WG, GROUPS, STEP, 1, STAGES,
+                                                at + s * STEP, ws_ld, start, WG, GROUPS, STEP, 1, STAGES,
                                                 WAY, mma)  # fmt: skip
         whole = True
         if STREAM_K:

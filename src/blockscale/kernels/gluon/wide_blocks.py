@@ -85,8 +85,62 @@ def _put(items, at: gl.constexpr, item):
 
 
 @gluon.jit
+def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
+    """The row of weight scales, counted from the tile's first, of piece p. start: the tile's first column, mod 128."""
+    if P == 128:
+        return p
+    else:
+        return (start + p * P) // 128
+
+
+@gluon.jit
+def _blocks_rotating(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """U steps of a tile of several pieces, each with partial products of its own: while one piece is promoted the
+    others multiply. Tiles need not be a power of two wide."""
+    PIECES: gl.constexpr = len(accs)
+    P: gl.constexpr = accs[0].shape[1]
+    COUNT: gl.constexpr = U * STEP
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    partials = zeros(PIECES, P, mma)
+    scales = zeros_like_rows(PIECES, rows)
+    held = stage
+    for i in gl.static_range(COUNT + 1):
+        if i % STEP == 0 and i < COUNT:
+            mbarrier.wait(full.index(stage), phase)
+        if i < COUNT:
+            x = _x_rows(x_bufs, stage * STEP + i % STEP, WG, GROUPS)
+        for p in gl.static_range(PIECES):
+            if i > 0:
+                # in flight: the later pieces of the k-block before, the earlier ones of this
+                if i < COUNT:
+                    done = warpgroup_mma_wait(PIECES - 1, deps=(partials[p],))
+                else:
+                    done = warpgroup_mma_wait(PIECES - 1 - p, deps=(partials[p],))
+                if p == PIECES - 1 and i % STEP == 0:
+                    mbarrier.arrive(empty.index(held), count=1)
+                accs = _put(accs, p, promote_rows(accs[p], done, scales[p]))
+            else:
+                done = partials[p]
+            if i < COUNT:
+                w = w_bufs.index((stage * STEP + i % STEP) * PIECES + p).permute((1, 0))
+                partials = _put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
+                if p == 0:
+                    x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
+                r = _scale_row(start, p, P)
+                scale = x_scale * weight_scale(ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows)
+                scales = _put(scales, p, scale)
+        if i < COUNT and i % STEP == STEP - 1:
+            held = stage
+            stage, phase = advance(stage, phase, STAGES)
+    return accs, stage, phase
+
+
+@gluon.jit
 def _blocks_in_turn(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
@@ -109,9 +163,9 @@ def _blocks_in_turn(
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
-                scale = x_scale * weight_scale(
-                    ws_boxes, stage * (2 if PIECES > 1 else 1) + p, at + p * ws_ld + u * STEP, j, rows
-                )
+                r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
+                slot = stage * (2 if PIECES > 1 else 1) + r
+                scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
                 if j == STEP - 1 and p == PIECES - 1:
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -126,6 +180,15 @@ def zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     out = ()
     for _ in gl.static_range(COUNT):
         out = out + (gl.zeros((64, COLS), gl.float32, layout=mma),)
+    return out
+
+
+@gluon.jit
+def zeros_like_rows(COUNT: gl.constexpr, rows: gl.constexpr):
+    """A tuple of row vectors."""
+    out = ()
+    for _ in gl.static_range(COUNT):
+        out = out + (gl.zeros((64,), gl.float32, layout=rows),)
     return out
 
 
@@ -190,17 +253,20 @@ def _blocks_from_registers(
 
 @gluon.jit
 def multiply_steps(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile. at: flat index of the first weight scale. WAY: see `config.Wide`."""
     if WAY == "r":
         return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                      odd, WG, GROUPS, U, STAGES, mma)  # fmt: skip
-    elif WAY == "o":
+                                      start != 0, WG, GROUPS, U, STAGES, mma)  # fmt: skip
+    elif WAY == "o" and len(accs) == 1:
         return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
                                   STEP, U, STAGES, mma)  # fmt: skip
+    elif WAY == "o":
+        return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
+                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
-        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, WG,
-                               GROUPS, STEP, U, STAGES, WAY == "x", mma)  # fmt: skip
+        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
+                               WG, GROUPS, STEP, U, STAGES, WAY == "x", mma)  # fmt: skip
