@@ -60,7 +60,7 @@ class Prepared:
         q = BlockScaled.trusted(data, scale, get_format("fp8_1x128"), "tma", (m, k))
         first = quantize.launch(x, data, scale, act.scale_rounding == "pow2_ceil", problem.numerics.act_floor)
         parts = scratch[self.parts_at : self.bytes].view(torch.float32) if self.splits else None
-        second = gemm.launch(q, w, bias, y[:, :n], config, sms, parts)
+        second = gemm.launch(q, w, bias, y[:, :n], config, sms, parts, early=True)
         self.tickets = second.argument("tickets") if self.splits else None
         self.quantize, self.multiply = _direct(first), _direct(second)
         self.y_in_map = "y_desc" in self.multiply.maps
@@ -136,4 +136,4 @@ def _through_triton(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | 
     sms = int(detect(x.device).value("sms") or 132)
     config = choose(x.shape[0], problem.n, problem.k, sms)
     q = quantize.quantize(x, act, problem.numerics.act_floor)
-    return gemm.multiply(q, w, bias, problem.out_dtype, config, sms)
+    return gemm.multiply(q, w, bias, problem.out_dtype, config, sms, early=True)

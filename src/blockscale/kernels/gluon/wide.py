@@ -33,12 +33,34 @@ from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 
 
 @gluon.jit
+def _fetch_weights(
+    w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, pred, BYTES: gl.constexpr, PIECES: gl.constexpr,
+    SCALE_ROWS: gl.constexpr, STEP: gl.constexpr,
+):  # fmt: skip
+    """Announce a step's bytes on its barrier and send for its weights and their scales."""
+    W: gl.constexpr = w_desc.block_type.shape[0]
+    bar = full.index(stage)
+    mbarrier.expect(bar, BYTES, pred=pred)
+    for j in gl.static_range(STEP):
+        for p in gl.static_range(PIECES):
+            w = w_bufs.index((stage * STEP + j) * PIECES + p)
+            tma.async_copy_global_to_shared(w_desc, [n + p * W, (kb + j) * 128], bar, w, pred=pred)
+    for r in gl.static_range(SCALE_ROWS):
+        start = box_start((n // 128 + r) * ws_ld + kb, ws_desc.dtype)
+        ws = ws_bufs.index(stage * SCALE_ROWS + r)
+        tma.async_copy_global_to_shared(ws_desc, [start], bar, ws, pred=pred)
+
+
+@gluon.jit
 def _producer(
     x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n,
     num_steps, full_waves, dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them."""
+    """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them.
+
+    EARLY: the first stages' weights are sent for while the kernel before still runs; only what it writes, x, waits.
+    """
     W: gl.constexpr = w_desc.block_type.shape[0]
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     BOXES: gl.constexpr = 64 * GROUPS // XROWS
@@ -47,28 +69,36 @@ def _producer(
         + SCALE_ROWS * ws_desc.block_type.nbytes
     )
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, dealt, STREAM_K)
+    early = 0
+    if EARLY:
+        if count > 0:
+            tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
+            m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, W * PIECES)
+            early = gl.minimum(s1 - s0, STAGES)
+            for i in range(early):
+                _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, i, n, (s0 + i) * STEP, ws_ld, True, BYTES,
+                               PIECES, SCALE_ROWS, STEP)  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     stage = 0
     phase = 1
+    done = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
         m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, W * PIECES)
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
+            _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, done >= early, BYTES, PIECES,
+                           SCALE_ROWS, STEP)  # fmt: skip
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
             for j in gl.static_range(STEP):
                 for g in gl.static_range(BOXES):
                     x = x_bufs.index((stage * STEP + j) * BOXES + g)
                     tma.async_copy_global_to_shared(x_desc, [m + g * XROWS, (kb + j) * 128], bar, x)
-                for p in gl.static_range(PIECES):
-                    w = w_bufs.index((stage * STEP + j) * PIECES + p)
-                    tma.async_copy_global_to_shared(w_desc, [n + p * W, (kb + j) * 128], bar, w)
                 tma.async_copy_global_to_shared(xs_desc, [(kb + j) * xs_ld + m], bar, xs_bufs.index(stage * STEP + j))
-            for r in gl.static_range(SCALE_ROWS):
-                at = (n // 128 + r) * ws_ld + kb
-                start = box_start(at, ws_desc.dtype)
-                tma.async_copy_global_to_shared(ws_desc, [start], bar, ws_bufs.index(stage * SCALE_ROWS + r))
             stage, phase = advance(stage, phase, STAGES)
+            done += 1
 
 
 @gluon.jit
@@ -144,7 +174,7 @@ def wide_kernel(
     x_desc, w_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, full_waves,
     dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
     WAY: gl.constexpr, STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
@@ -163,9 +193,6 @@ def wide_kernel(
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, y_desc.block_type.shape[1]], y_desc.layout)
     ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, GROUPS)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     num_m = (M + BM - 1) // BM
     num_n = (N + P * PIECES - 1) // (P * PIECES)
     # the tuples are written out: constexprs do not survive in variables
@@ -186,7 +213,7 @@ def wide_kernel(
                              WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K)),
+                             STAGES, STREAM_K, PDL, EARLY)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
@@ -200,7 +227,7 @@ def wide_kernel(
                              WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K)),
+                             STAGES, STREAM_K, PDL, EARLY)),
             ],
             [1],
             [24],
@@ -218,7 +245,7 @@ def wide_kernel(
                              WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K)),
+                             STAGES, STREAM_K, PDL, EARLY)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
@@ -227,13 +254,14 @@ def wide_kernel(
 
 def launch(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Wide, sm_count: int,
-    workspace: Tensor | None = None,
+    workspace: Tensor | None = None, early: bool = False,
 ) -> Launch:  # fmt: skip
     """Arguments of one launch.
 
     x: e4m3 [M, K]; x_scale: fp32 [ceil(K / 128), round_up(M, 4)], the storage of column-major scales.
     w: e4m3 [N, K]; w_scale: fp32 [ceil(N / 128), ceil(K / 128)]. y: [M, N], rows at multiples of 16 bytes.
     workspace: fp32, for the partial tiles (`config.floats`); allocated where it is not given.
+    early: see `gemm.launch`.
     """
     (m, k), n = x.shape, w.shape[0]
     grid = wide_grid(config, m, n, k, sm_count)
@@ -269,6 +297,7 @@ def launch(
         "STREAM_K": grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
+        "EARLY": config.pdl and early,
         "CONSUMER_REGISTERS": consumer_registers,
     }
     options = {"num_warps": 4, "maxnreg": cap, "launch_pdl": config.pdl}
