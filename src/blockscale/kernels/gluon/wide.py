@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .config import Wide, ceil_div, wide_floats, wide_grid
 from .device import advance, box_start, make_barriers, partial_offsets, partition_barrier, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
-from .wide_blocks import multiply_steps, plus, zeros
+from .wide_blocks import multiply_steps, plus, plus_stored, zeros
 from .wide_store import store, store_halves
 from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 
@@ -155,11 +155,18 @@ def _consumer(
                     gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
                 whole = _is_last(tickets + t * GROUPS + WG, last - first + 1)
                 if whole:
+                    own = accs
                     accs = zeros(PIECES, P, mma)
                     for q in range(first, last + 1):
                         ends_here = first_unit(q, num_tiles, num_steps, full_waves, dealt) // num_steps != t
                         slot_q = (2 * q + gl.where(ends_here, 1, 0)) * GROUPS + WG
-                        accs = plus(accs, workspace + slot_q * (PIECES * 64 * P) + offsets)
+                        part = workspace + slot_q * (PIECES * 64 * P) + offsets
+                        if PIECES > 1:  # no registers to hold on to its own part
+                            accs = plus_stored(accs, part)
+                        elif q == gl.program_id(0):
+                            accs = plus(accs, own)
+                        else:
+                            accs = plus_stored(accs, part)
         if whole:
             for p in gl.static_range(PIECES):
                 if y_desc.block_type.shape[1] < P:

@@ -193,7 +193,16 @@ def zeros_like_rows(COUNT: gl.constexpr, rows: gl.constexpr):
 
 
 @gluon.jit
-def plus(accs, part):
+def plus(accs, others):
+    """Sum of two tuples, piece by piece."""
+    out = ()
+    for p in gl.static_range(len(accs)):
+        out = out + (accs[p] + others[p],)
+    return out
+
+
+@gluon.jit
+def plus_stored(accs, part):
     """Add one program's partial tile, pieces one after another in the workspace."""
     out = ()
     for p in gl.static_range(len(accs)):
