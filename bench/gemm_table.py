@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from blockscale import ops
+from blockscale.platform import detect
 from shapes import REGIMES, regime
 
 FINAL_PEERS = PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
@@ -29,9 +30,8 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     from blockscale import nn, quantize
     from blockscale.kernels.gluon import eager, gemm
     from blockscale.kernels.gluon import quantize as group
-    from blockscale.kernels.gluon.selection import choose
 
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    sms = int(detect("cuda").value("sms") or 0)
     w = quantize(torch.randn(n, k, device="cuda"), "fp8_128x128")
     x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
     module = nn.Linear(w)
@@ -44,7 +44,7 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     y = torch.empty(1, n, device="cuda", dtype=torch.bfloat16)
     first, second = (
         group.launch(x, q.data, q.scale, False, 1e-10),
-        gemm.launch(q, w, None, y, choose(1, n, k, sms), sms),
+        gemm.launch(q, w, None, y, prepared.config, sms, early=True),
     )
     calls = {
         "linear": lambda: ops.linear(x, w),

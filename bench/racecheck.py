@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gl
 
 from blockscale.kernels.gluon.config import parse
 from blockscale.kernels.gluon.gemm import launch
-from gemm import Case, check, sm_count
+from blockscale.kernels.gluon.measure import Case, check
+from blockscale.platform import detect
 
 
 @gluon.jit
@@ -32,6 +33,7 @@ def bare_kernel(out):
 
 
 def main(names: list[str]) -> None:
+    sms = int(detect("cuda").value("sms") or 0)
     for name in names:
         if name == "bare":
             out = torch.full((2,), -1, device="cuda", dtype=torch.int32)
@@ -41,7 +43,7 @@ def main(names: list[str]) -> None:
         else:
             case = Case(9 if name.startswith("swap") else 130, 192, 512)
             x, w, y = case.operands(0)
-            print(name, check(launch(x, w, None, y, parse(name), sm_count()).run, case) or "right", flush=True)
+            print(name, check(launch(x, w, None, y, parse(name), sms).run, case) or "right", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Which configuration a shape gets, as literal tables. Pure: no GPU, no triton."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from blockscale.formats import get_format
-from blockscale.kernels.gluon import heuristic
+from blockscale.kernels.gluon import heuristic, tables
 from blockscale.kernels.gluon.config import Swap, parse
-from blockscale.kernels.gluon.selection import _table, by_rule, choose, measured
+from blockscale.kernels.gluon.selection import by_rule, choose, measured
 from blockscale.ops import linear_problem
 from blockscale.reference import quantize
 
@@ -31,8 +33,13 @@ def test_rule(m: int, n: int, k: int, config: str) -> None:
     assert str(by_rule(m, n, k, 132)) == config
 
 
-def test_every_row_of_the_table_reads() -> None:
-    for shape, rows in _table().items():
+H200 = "nvidia-h200"
+TABLES = sorted(p.stem for p in Path(tables.__file__).parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("chip", TABLES)
+def test_every_row_of_a_shipped_table_reads(chip: str) -> None:
+    for shape, rows in tables.read(chip).items():
         n, k = map(int, shape.split("x"))
         for m, text in rows.items():
             config = parse(text)
@@ -43,13 +50,13 @@ def test_every_row_of_the_table_reads() -> None:
 
 
 def test_the_table_answers_for_rows_that_are_tiled_alike() -> None:
-    assert measured(1, 2112, 7168, 132) == parse(_table()["2112x7168"]["1"])
-    assert measured(12, 2112, 7168, 132) == parse(_table()["2112x7168"]["16"])
-    assert measured(100, 2112, 7168, 132) == parse(_table()["2112x7168"]["128"])
-    assert measured(129, 2112, 7168, 132) is None  # two rows of tiles; the next entry has four
-    assert measured(16384, 2112, 7168, 132) is None
-    assert measured(16, 2112, 7168, 114) is None  # another chip
-    assert measured(16, 2112, 7040, 132) is None
+    assert measured(1, 2112, 7168, H200) == parse(tables.read(H200)["2112x7168"]["1"])
+    assert measured(12, 2112, 7168, H200) == parse(tables.read(H200)["2112x7168"]["16"])
+    assert measured(100, 2112, 7168, H200) == parse(tables.read(H200)["2112x7168"]["128"])
+    assert measured(129, 2112, 7168, H200) is None  # two rows of tiles; the next entry has four
+    assert measured(16384, 2112, 7168, H200) is None
+    assert measured(16, 2112, 7168, "nvidia-h100-nvl") is None  # another card
+    assert measured(16, 2112, 7040, H200) is None
 
 
 def test_without_the_table_the_rule_decides() -> None:

@@ -19,7 +19,7 @@ from ...platform import detect
 from ...registry import Problem
 from ...tensor import BlockScaled
 from . import gemm, quantize
-from .config import ceil_div, floats
+from .config import Config, ceil_div, floats
 from .direct import Direct
 from .launch import Launch
 from .selection import choose
@@ -42,8 +42,8 @@ class Prepared:
         assert act is not None
         self.problem = problem
         m, n, k = x.shape[0], problem.n, problem.k
-        sms = int(detect(x.device).value("sms") or 132)
-        config = choose(m, n, k, sms)
+        config, sms = _config(problem, x)
+        self.config = config
         per_16_bytes = 16 // problem.out_dtype.itemsize
         self.y_shape = (m, ceil_div(n, per_16_bytes) * per_16_bytes)
         groups, ld = ceil_div(k, 128), ceil_div(m, 4) * 4
@@ -101,6 +101,12 @@ def _scratch(device: torch.device, stream: int, thread: int) -> Tensor:
     return torch.empty(_KEPT_SCRATCH, device=device, dtype=torch.uint8)
 
 
+def _config(problem: Problem, x: Tensor) -> tuple[Config, int]:
+    platform = detect(x.device)
+    sms = int(platform.value("sms") or 132)
+    return choose(x.shape[0], problem.n, problem.k, sms, platform.value("chip") or ""), sms
+
+
 def _direct(launch: Launch) -> Direct:
     return Direct(launch, launch.run())
 
@@ -133,7 +139,6 @@ def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> 
 def _through_triton(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
     act = problem.activation_format
     assert act is not None
-    sms = int(detect(x.device).value("sms") or 132)
-    config = choose(x.shape[0], problem.n, problem.k, sms)
+    config, sms = _config(problem, x)
     q = quantize.quantize(x, act, problem.numerics.act_floor)
     return gemm.multiply(q, w, bias, problem.out_dtype, config, sms, early=True)

@@ -1,4 +1,4 @@
-"""Which configuration a shape gets: a pure function of (m, n, k, SMs). A measured table first, then a rule.
+"""Which configuration a shape gets: a function of (m, n, k, SMs, card). A measured table first, then a rule.
 
 Decode steps follow a rule: as many programs as there are SMs, K split for that at most four ways. For more tokens the
 configuration with the least predicted time is taken; the constants are from one H200 (bench/results/hopper-notes.md).
@@ -6,13 +6,11 @@ configuration with the least predicted time is taken; the constants are from one
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from importlib import resources
 
+from . import tables
 from .config import Config, Grid, Swap, Wide, ceil_div, parse, wide_grid
 
-_TABLE_SMS = 132
 _MOST_SWAPPED = 64
 BLOCK_US = {32: 0.185, 64: 0.255, 128: 0.375, 192: 0.60, 256: 0.77}
 """Microseconds of one k-block of a 128 x bn tile."""
@@ -78,19 +76,20 @@ def by_rule(m: int, n: int, k: int, sm_count: int) -> Config:
 
 
 @cache
-def choose(m: int, n: int, k: int, sm_count: int) -> Config:
-    """The configuration for a shape: as measured, where the table knows it, else by the rule."""
-    return measured(m, n, k, sm_count) or by_rule(m, n, k, sm_count)
+def choose(m: int, n: int, k: int, sm_count: int, chip: str = "") -> Config:
+    """The configuration for a shape: as measured on this card, where its table knows it, else by the rule.
+
+    chip: the card's name, as in the platform's feature "chip"; "" asks no table.
+    """
+    return measured(m, n, k, chip) or by_rule(m, n, k, sm_count)
 
 
-def measured(m: int, n: int, k: int, sm_count: int) -> Config | None:
+def measured(m: int, n: int, k: int, chip: str) -> Config | None:
     """The table's configuration for the nearest larger M that is tiled alike; None when there is none.
 
     Alike: the same tokens of a swapped tile, or as many rows of 128 (an eighth more or less beyond 2048 rows).
     """
-    if sm_count != _TABLE_SMS:
-        return None
-    for at, text in sorted((int(at), text) for at, text in _table().get(f"{n}x{k}", {}).items()):
+    for at, text in sorted((int(at), text) for at, text in tables.read(chip).get(f"{n}x{k}", {}).items()):
         if at < m:
             continue
         alike = _tokens(at) == _tokens(m) if at <= 64 else 8 * (ceil_div(at, 128) - ceil_div(m, 128)) <= at // 2048
@@ -101,11 +100,3 @@ def measured(m: int, n: int, k: int, sm_count: int) -> Config | None:
 def _tokens(m: int) -> int:
     """Tokens of a swapped tile: a power of two, at least what wgmma takes; 0 beyond 64."""
     return max(8, 1 << (m - 1).bit_length()) if m <= 64 else 0
-
-
-@cache
-def _table() -> dict[str, dict[str, str]]:
-    """N x K -> M -> configuration, measured on one H200 by `bench/gemm.py --tune`, chosen by bench/fit_gemm.py."""
-    path = resources.files(__package__) / "h200.json"
-    found: dict[str, dict[str, str]] = json.loads(path.read_text())
-    return found

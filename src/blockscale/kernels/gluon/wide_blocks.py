@@ -130,7 +130,9 @@ def _blocks_rotating(
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
                 r = _scale_row(start, p, P)
-                scale = x_scale * weight_scale(ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows)
+                scale = x_scale * weight_scale(
+                    ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
+                )
                 scales = _put(scales, p, scale)
         if i < COUNT and i % STEP == STEP - 1:
             held = stage
