@@ -24,8 +24,9 @@ def geomean(values: Iterable[float]) -> float:
 def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     """Host microseconds of one eager call at M=1, and what it is made of; medians of five runs of 50 calls.
 
-    linear: `ops.linear`; module: `nn.Linear`; bf16: torch's own; kernel: the kernel's `run` alone; launches: its two kernels started with
-    parameters that lie ready, which is the raw cost of launching; triton: the same two through Triton's launcher.
+    linear: `ops.linear`; module: `nn.Linear`; bf16: torch's own; kernel: the kernel's `run` alone; launches: its two
+    kernels started with parameters that lie ready, which is the raw cost of launching; triton: the same two through
+    Triton's launcher.
     """
     from blockscale import nn, quantize
     from blockscale.kernels.gluon import eager, gemm

@@ -23,7 +23,8 @@ def ceil_div(a: int, b: int) -> int:
 class Wide:
     """A configuration of `wide.py`: tiles of `64 * groups` tokens x `bn` weight rows.
 
-    bn: 16, 32, 64, 96, 128, 160, 192 or 256. way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
+    bn: 16, 32, 64, 96, 128, 160, 192 or 256.
+    way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
         "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
             160 or 192, with one set each.
         "t" in turn: pieces of at most 128 columns, one set of partial products, x from shared memory.

@@ -125,7 +125,7 @@ def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> 
     if torch.cuda.is_current_stream_capturing() or w.scale.dtype not in _READ_AS_STORED:
         return _through_triton(problem, x, w, bias)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    # kernels are compiled for aligned or unaligned addresses; a thread may change addresses between another's two starts
+    # kernels are compiled for aligned or unaligned addresses; what is prepared holds addresses, so it is a thread's own
     alignments = x.data_ptr() % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
     key = (w.data.data_ptr(), w.scale.data_ptr(), x.shape[0], x.stride(0), alignments, stream, get_ident())
     prepared = _prepared.get(key)

@@ -85,7 +85,7 @@ def _take(x: BlockScaled, rows: Tensor) -> BlockScaled:
 
 
 def check(run: Call, case: Case) -> str:
-    """ "" when the result of `run` (into the case's first y, or returned) is right and always the same; else why not."""
+    """Why the result of `run` (into the case's first y, or returned) is wrong or not always the same; "" when it is."""
     y = case.ys[0]
     outputs = []
     for _ in range(3):

@@ -1,7 +1,7 @@
 """Measured configurations, a table for each card: N x K -> M -> configuration.
 
-Shipped ones lie beside this file, under the card's name ("nvidia-h200.json"). `blockscale tune` writes a user's own into
-`user_folder()`; those come first.
+Shipped ones lie beside this file, under the card's name ("nvidia-h200.json"). `blockscale tune` writes a user's own
+into `user_folder()`; those come first.
 """
 
 from __future__ import annotations
