@@ -28,13 +28,14 @@ class Wide:
         "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
             160 or 192, with one set each.
         "t" in turn: pieces of at most 128 columns, one set of partial products, x from shared memory.
-        "x" the same with x from registers. "r" pieces of 64 columns, two sets, x from registers; bn 192 or 256.
+        "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
+        "x" like "t" with x from registers. "r" pieces of 64 columns, two sets, x from registers; bn 192 or 256.
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
     groups: consumer warpgroups, 1 to 3.
     step: k-blocks that are loaded and released together, 1, 2 or 4; divides ceil(K / 128).
     per_sm: programs that share an SM.
-    staging: columns of y that a warpgroup stages in shared memory at a time, 64 or all of a piece.
+    staging: columns of y that a warpgroup can stage in shared memory; with all of a tile's it never waits for a store.
     pdl: start while the kernel before drains (programmatic dependent launch).
     """
 
@@ -57,17 +58,22 @@ class Wide:
 
     @property
     def piece(self) -> int:
-        """Width of one piece: columns of one wgmma."""
-        return 64 if self.way == "r" else min(self.bn & -self.bn, 128)
+        """Width of one piece: columns of one wgmma. Of the first, where the second is half as wide ("s")."""
+        return 64 if self.way == "r" else 128 if self.way == "s" else min(self.bn & -self.bn, 128)
 
     @property
     def pieces(self) -> int:
-        return self.bn // self.piece
+        return 2 if self.way == "s" else self.bn // self.piece
 
     @property
-    def staged(self) -> int:
-        """Columns of y that are staged at a time."""
-        return min(self.piece, self.staging)
+    def unit(self) -> int:
+        """Columns of y that lie in one slot of the staging buffer."""
+        return min(self.piece, 64 if self.way == "s" or self.staging < 128 else 128)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the staging buffer that each warpgroup has."""
+        return max(1, self.staging // self.unit)
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
@@ -75,7 +81,7 @@ class Wide:
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
-        return min(12 // self.step, (budget - self.groups * 64 * self.staged * out_bytes) // stage)
+        return min(12 // self.step, (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage)
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -110,7 +116,7 @@ def wide_grid(config: Wide, m: int, n: int, k: int, sm_count: int) -> Grid:
     tiles, places = config.tiles(m, n), sm_count * config.per_sm
     full_waves, left = divmod(tiles, places)
     dealt = min(places, left * min(config.parts, ceil_div(k, 128) // config.step))
-    if config.parts == 1 or dealt <= left:
+    if config.parts == 1 or dealt <= left or config.way == "s":
         return Grid(min(places, tiles), ceil_div(tiles, places), 0)
     return Grid(places if full_waves else dealt, full_waves, dealt)
 
@@ -187,7 +193,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([otrx])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl)?"
+    r"wide-(\d+)([osrtx])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

@@ -28,44 +28,48 @@ from .config import Wide, ceil_div, wide_floats, wide_grid
 from .device import advance, box_start, make_barriers, partial_offsets, partition_barrier, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
-from .wide_store import store, store_halves
+from .wide_split import consume_split, fetch_split
+from .wide_store import store
 from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 
 
 @gluon.jit
 def _fetch_weights(
-    w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, pred, BYTES: gl.constexpr, PIECES: gl.constexpr,
-    SCALE_ROWS: gl.constexpr, STEP: gl.constexpr,
+    w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, stage, n, kb, ws_ld, pred, BYTES: gl.constexpr,
+    PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr, STEP: gl.constexpr, WAY: gl.constexpr,
 ):  # fmt: skip
     """Announce a step's bytes on its barrier and send for its weights and their scales."""
     W: gl.constexpr = w_desc.block_type.shape[0]
     bar = full.index(stage)
     mbarrier.expect(bar, BYTES, pred=pred)
-    for j in gl.static_range(STEP):
-        for p in gl.static_range(PIECES):
-            w = w_bufs.index((stage * STEP + j) * PIECES + p)
-            tma.async_copy_global_to_shared(w_desc, [n + p * W, (kb + j) * 128], bar, w, pred=pred)
-    for r in gl.static_range(SCALE_ROWS):
-        start = box_start((n // 128 + r) * ws_ld + kb, ws_desc.dtype)
-        ws = ws_bufs.index(stage * SCALE_ROWS + r)
-        tma.async_copy_global_to_shared(ws_desc, [start], bar, ws, pred=pred)
+    if WAY == "s":
+        fetch_split(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, bar, stage, n, kb, ws_ld, pred)
+    else:
+        for j in gl.static_range(STEP):
+            for p in gl.static_range(PIECES):
+                w = w_bufs.index((stage * STEP + j) * PIECES + p)
+                tma.async_copy_global_to_shared(w_desc, [n + p * W, (kb + j) * 128], bar, w, pred=pred)
+        for r in gl.static_range(SCALE_ROWS):
+            start = box_start((n // 128 + r) * ws_ld + kb, ws_desc.dtype)
+            ws = ws_bufs.index(stage * SCALE_ROWS + r)
+            tma.async_copy_global_to_shared(ws_desc, [start], bar, ws, pred=pred)
 
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, num_m, num_n,
-    num_steps, full_waves, dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, STREAM_K: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
+    num_m, num_n, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
+    SCALE_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
+    PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring of stages with the operands of every k-block, in the order in which the consumers want them.
 
     EARLY: the first stages' weights are sent for while the kernel before still runs; only what it writes, x, waits.
     """
-    W: gl.constexpr = w_desc.block_type.shape[0]
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     BOXES: gl.constexpr = 64 * GROUPS // XROWS
     BYTES: gl.constexpr = (
-        STEP * (BOXES * x_desc.block_type.nbytes + PIECES * w_desc.block_type.nbytes + xs_desc.block_type.nbytes)
+        STEP * (BOXES * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
         + SCALE_ROWS * ws_desc.block_type.nbytes
     )
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, dealt, STREAM_K)
@@ -73,11 +77,11 @@ def _producer(
     if EARLY:
         if count > 0:
             tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
-            m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, W * PIECES)
+            m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
             early = gl.minimum(s1 - s0, STAGES)
             for i in range(early):
-                _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, i, n, (s0 + i) * STEP, ws_ld, True, BYTES,
-                               PIECES, SCALE_ROWS, STEP)  # fmt: skip
+                _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, i, n, (s0 + i) * STEP, ws_ld,
+                               True, BYTES, PIECES, SCALE_ROWS, STEP, WAY)  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -86,11 +90,11 @@ def _producer(
     done = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, W * PIECES)
+        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
-            _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, done >= early, BYTES, PIECES,
-                           SCALE_ROWS, STEP)  # fmt: skip
+            _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, stage, n, kb, ws_ld, done >= early,
+                           BYTES, PIECES, SCALE_ROWS, STEP, WAY)  # fmt: skip
             bar = full.index(stage)
             for j in gl.static_range(STEP):
                 for g in gl.static_range(BOXES):
@@ -112,15 +116,16 @@ def _is_last(ticket, parts):
 
 
 @gluon.jit
-def _consumer(
+def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
+    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile."""
     P: gl.constexpr = w_bufs.shape[1]
     BN: gl.constexpr = P * PIECES
+    UNIT: gl.constexpr = y_desc.block_type.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 32])
     num_tiles = num_m * num_n
     count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
@@ -169,18 +174,31 @@ def _consumer(
                             accs = plus_stored(accs, part)
         if whole:
             for p in gl.static_range(PIECES):
-                if y_desc.block_type.shape[1] < P:
-                    store_halves(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n + p * P, N, HAS_BIAS)
-                else:
-                    store(accs[p], y_desc, y_bufs, WG, bias_ptr, m, n + p * P, N, HAS_BIAS)
+                store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, p * P // UNIT, WG, SLOTS, HAS_BIAS)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _consumer(
+    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
+    num_m, num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
+    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    if WAY == "s":
+        consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
+                      num_n, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
+    else:
+        _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
+                 num_m, num_n, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
+                 HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, full_waves,
-    dealt, GROUPS: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, full_waves,
+    dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
@@ -192,35 +210,39 @@ def wide_kernel(
     SCALE_ROWS: gl.constexpr = 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP * PIECES, P, 128], w_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP * (BN // P), P, 128], w_desc.layout)
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * STEP, xs_desc.block_type.shape[0]], xs_desc.layout)
     ws_bufs = gl.allocate_shared_memory(
         ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
     )
-    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, y_desc.block_type.shape[1]], y_desc.layout)
+    if WAY == "s":
+        q_bufs = gl.allocate_shared_memory(wq_desc.dtype, [STAGES, BN - P, 128], wq_desc.layout)
+    else:
+        q_bufs = w_bufs  # never touched
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
     ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, GROUPS)
     num_m = (M + BM - 1) // BM
-    num_n = (N + P * PIECES - 1) // (P * PIECES)
+    num_n = (N + BN - 1) // BN
     # the tuples are written out: constexprs do not survive in variables
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              0, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              1, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              2, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K, PDL, EARLY)),
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
@@ -228,13 +250,13 @@ def wide_kernel(
     elif GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              0, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K, PDL, EARLY)),
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [1],
             [24],
@@ -242,17 +264,17 @@ def wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              0, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
                              tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
                              1, GROUPS, PIECES, STEP, STAGES, U,
-                             WAY, STREAM_K, HAS_BIAS)),
-                (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, PIECES, SCALE_ROWS, STEP,
-                             STAGES, STREAM_K, PDL, EARLY)),
+                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
@@ -279,9 +301,10 @@ def launch(
     arguments = (
         matrix(x, 64 if config.groups == 3 else 64 * config.groups, 128),
         matrix(w, config.piece, 128),
+        matrix(w, config.bn - config.piece if config.way == "s" else config.piece, 128),
         flat(x_scale, 4 * (256 if config.groups == 3 else 64 * config.groups)),
         flat(w_scale),
-        matrix(y, 64, config.staged),
+        matrix(y, 64, config.unit),
         w_scale if bias is None else bias,
         parts,
         tickets,
@@ -297,9 +320,11 @@ def launch(
     constants = {
         "GROUPS": config.groups,
         "STEP": config.step,
+        "BN": config.bn,
         "PIECES": config.pieces,
         "STAGES": config.stages(y.element_size()),
         "U": config.unroll // config.step,
+        "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
         "HAS_BIAS": bias is not None,

@@ -16,7 +16,7 @@ from .device import advance, promote_rows, weight_scale
 
 
 @gluon.jit
-def _x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
+def x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
     """The 64 rows of x of warpgroup WG. at: k-block in the ring. Boxes hold all rows of a tile, or 64 where these are
     no power of two."""
     if GROUPS == 3:
@@ -29,7 +29,7 @@ def _x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
 def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
            GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
     """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
-    x = _x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+    x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
     w = w_bufs.index(stage * STEP + j).permute((1, 0))
     partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
@@ -111,7 +111,7 @@ def _blocks_rotating(
         if i % STEP == 0 and i < COUNT:
             mbarrier.wait(full.index(stage), phase)
         if i < COUNT:
-            x = _x_rows(x_bufs, stage * STEP + i % STEP, WG, GROUPS)
+            x = x_rows(x_bufs, stage * STEP + i % STEP, WG, GROUPS)
         for p in gl.static_range(PIECES):
             if i > 0:
                 # in flight: the later pieces of the k-block before, the earlier ones of this
@@ -157,7 +157,7 @@ def _blocks_in_turn(
     for u in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
         for j in gl.static_range(STEP):
-            x = _x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+            x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
             if REGISTERS:
                 x = x.load(operand)
             for p in gl.static_range(PIECES):
@@ -230,7 +230,7 @@ def _blocks_from_registers(
     scale = gl.zeros((64,), gl.float32, layout=rows)
     for j in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
-        x = _x_rows(x_bufs, stage, WG, GROUPS).load(operand)
+        x = x_rows(x_bufs, stage, WG, GROUPS).load(operand)
         for p in gl.static_range(PIECES):
             w = w_bufs.index(stage * PIECES + p).permute((1, 0))
             started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
@@ -268,7 +268,7 @@ def multiply_steps(
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
-    """U steps of a tile. at: flat index of the first weight scale. WAY: see `config.Wide`."""
+    """U steps of a tile. at: flat index of the first weight scale. WAY: see `config.Wide`; "s" is in `wide_split.py`."""
     if WAY == "r":
         return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
                                       start != 0, WG, GROUPS, U, STAGES, mma)  # fmt: skip
