@@ -13,7 +13,8 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
         (Wide(128, 8, step=2), 2, 3),
         (Wide(192, way="r"), 2, 5),
         (Wide(256, 2, way="t"), 2, 4),
-        (Wide(256, 2, way="t", staging=128), 2, 3),
+        (Wide(256, 8, way="t", staging=256), 2, 3),
+        (Wide(192, 4, way="s", staging=192), 2, 4),
         (Wide(128, 4, way="t", groups=1, per_sm=2), 2, 4),
         (Wide(64, 8), 2, 8),
         (Wide(128, 8, way="t", groups=3), 2, 4),
@@ -21,6 +22,25 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
 )
 def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None:
     assert config.stages(out_bytes) == stages
+
+
+@pytest.mark.parametrize(
+    ("config", "pieces", "units"),  # (how many, width) of the pieces; (slots, width) of the staging buffer
+    [
+        (Wide(128), (1, 128), (1, 64)),
+        (Wide(128, staging=128), (1, 128), (1, 128)),
+        (Wide(256, way="t", staging=256), (2, 128), (2, 128)),
+        (Wide(192, way="s", staging=192), (2, 128), (3, 64)),
+        (Wide(192, way="r"), (3, 64), (1, 64)),
+        (Wide(96, staging=96), (3, 32), (3, 32)),
+        (Wide(96), (3, 32), (1, 32)),  # two slots would not come round in step with three units
+        (Wide(160), (5, 32), (1, 32)),
+        (Wide(32), (1, 32), (1, 32)),
+    ],
+)
+def test_pieces_and_staging(config: Wide, pieces: tuple[int, int], units: tuple[int, int]) -> None:
+    assert (config.pieces, config.piece) == pieces
+    assert (config.slots, config.unit) == units
 
 
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])

@@ -72,8 +72,10 @@ class Wide:
 
     @property
     def slots(self) -> int:
-        """Slots of the staging buffer that each warpgroup has."""
-        return max(1, self.staging // self.unit)
+        """Slots of the staging buffer that each warpgroup has. They divide a tile's units, so that a slot comes round
+        after as many stores as there are slots: that is what a warpgroup waits for."""
+        most = max(1, self.staging // self.unit)
+        return max(d for d in range(1, most + 1) if self.bn // self.unit % d == 0)
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""

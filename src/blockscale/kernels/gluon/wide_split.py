@@ -64,7 +64,7 @@ def _blocks(
             x = x_rows(x_bufs, stage, WG, GROUPS)
             xs = xs_bufs.index(stage).slice(WG * 64, 64)
             busy_p = warpgroup_mma(x, p_bufs.index(stage).permute((1, 0)), done_p, use_acc=False, is_async=True)
-            scale_p = xs.load(rows_p) * weight_scale(ws_boxes, stage * 2, at_p, i, rows_p)
+            scale_p = xs.load(rows_p) * weight_scale(ws_boxes, stage * 2, at_p + i, 0, rows_p)
         if i > 0:
             if i < U:
                 done_q = warpgroup_mma_wait(1, deps=(busy_q,))
@@ -74,7 +74,7 @@ def _blocks(
             acc_q = promote_rows(acc_q, done_q, scale_q)
         if i < U:
             busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), done_q, use_acc=False, is_async=True)
-            scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q, i, rows_q)
+            scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q + i, 0, rows_q)
             held = stage
             stage, phase = advance(stage, phase, STAGES)
     return (acc_p, acc_q), stage, phase
