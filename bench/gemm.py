@@ -1,14 +1,14 @@
 """FP8 1x128 x 128x128 GEMMs on an NVIDIA Hopper GPU: ours against its peers.
 
-    python bench/gemm.py                  candidates of all shapes, then the best of each beside all peers
+    python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
-Writes results/<card>-gemm.{md,json,svg}, tune.json (all candidates) and <chip>.json (the table that the kernels ship).
---out DIR: where. --nk "N,K;N,K", --m "1,16": fewer shapes. --peers DIR: folder with deep_gemm.tar.xz.
+Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
+--nk "N,K;N,K", --m "1,16": fewer shapes. --peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
 timed on (`kernels/gluon/measure.py` says how). Our GEMM is launched as `linear` launches it: its first weights are
-fetched while the kernel before still runs; "late" is the same kernel without that.
+fetched while the kernel before still runs.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
-from roofline import draw
 
-from blockscale.kernels.gluon import config as configs
 from blockscale.kernels.gluon.candidates import candidates
 from blockscale.kernels.gluon.config import Config
 from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
 from blockscale.kernels.gluon.measure import Call, Case, time_calls
-from blockscale.kernels.gluon.selection import choose
+from blockscale.kernels.gluon.selection import by_rule, choose, measured
 from blockscale.kernels.gluon.workers import check_all
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
 from gemm_peers import PEERS, Peer
-from gemm_table import FINAL_PEERS, dispatch, markdown
-from shapes import NK, UNSEEN, M
+from gemm_table import PEER_NAMES, dispatch, markdown
+from roofline import draw
+from shapes import NK, RULE_K, RULE_M, RULE_N, UNSEEN, M
 from timer import ceilings
 
 START = time.time()
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def log(*words: object) -> None:
@@ -72,7 +72,9 @@ def warm_peers(peers: list[Peer], folder: str, shapes: dict[tuple[int, int], lis
             text=True,
             start_new_session=True,
         )
-        for (n, k), ms in shapes.items()
+        for (n, k), all_ms in shapes.items()
+        for ms in (all_ms[::2], all_ms[1::2])
+        if ms
     ]
 
 
@@ -86,12 +88,17 @@ def warm(peers: list[Peer], n: int, k: int, ms: list[int]) -> None:
 
 
 def prepare(
-    texts: list[str], peers: list[Peer], folder: str, shapes: dict[tuple[int, int], list[int]], seconds: float
+    texts: list[str],
+    peers: list[Peer],
+    folder: str,
+    shapes: dict[tuple[int, int], list[int]],
+    seconds: float,
+    workers: int,
 ) -> dict[str, str]:
     """Compile and check everything in parallel: the verdict on each configuration."""
     end = time.time() + seconds
     warming = warm_peers(peers, folder, shapes)
-    verdicts = check_all(texts, seconds, workers=12)
+    verdicts = check_all(texts, seconds, workers)
     for process in warming:
         try:
             process.wait(max(0.1, end - time.time()))
@@ -110,52 +117,48 @@ def bind(case: Case, config: Config, early: bool = True) -> list[Call]:
     return [one(i) for i in range(case.copies)]
 
 
-def measure(case: Case, plan: list[Config], peers: list[Peer], unseen: bool) -> tuple[Row, Row]:
-    """One shape: (times of its candidates, its row of the report)."""
-    shape = {"m": case.m, "n": case.n, "k": case.k}
-    binds = {
-        p.name: [p.bind(*case.operands(i)) for i in range(case.copies)] for p in peers if p.serves(*shape.values())
-    }
-    tuned: Row = {}
-    faults: dict[str, str] = {}
-    if len(plan) > 1:
-        calls = {str(c): bind(case, c) for c in plan}
-        times, faults = time_calls(case, {**calls, "deepgemm": binds["deepgemm"]} if "deepgemm" in binds else calls,
-                                   7 if case.m < 2048 else 5, lambda name: name != "deepgemm")  # fmt: skip
-        tuned = {**shape, "time_us": {a: round(b, 3) for a, b in times.items()}}
-        ours = {c: t for c, t in times.items() if c not in binds}
-        plan = [configs.parse(min(ours, key=ours.__getitem__))] if ours else []
-    name, config = picked(case), plan[0] if plan else None
-    final: dict[str, list[Call]] = dict(binds)
-    if config is not None:
-        final[name] = bind(case, config)
-        if config.pdl:
-            final["late"] = bind(case, config, early=False)
-    times, more = time_calls(case, final, 13 if case.m < 2048 else 7, lambda n: n not in binds)
+def measure(case: Case, plan: list[Config], peers: list[Peer], unseen: bool) -> Row:
+    """One shape's row: our configurations and all peers in one go; the fastest configuration is ours."""
+    served = [p for p in peers if p.serves(case.m, case.n, case.k)]
+    binds = {p.name: [p.bind(*case.operands(i)) for i in range(case.copies)] for p in served}
+    ours = {str(c): bind(case, c) for c in plan}
+    times, faults = time_calls(case, {**ours, **binds}, 11 if case.m < 2048 else 7, lambda name: name in ours)
     release_graph_tickets()
-    row: Row = {**shape, "time_us": {a: round(b, 3) for a, b in times.items()}, "ours": name,
-                "config": "" if config is None else str(config), "unseen": unseen,
-                "faults": {**faults, **more}}  # fmt: skip
-    return tuned, row
+    tried = {c: round(t, 3) for c, t in times.items() if c in ours}
+    name = picked(case)
+    row: Row = {"m": case.m, "n": case.n, "k": case.k, "ours": name, "config": "", "unseen": unseen, "tried": tried,
+                "time_us": {p: round(times[p], 3) for p in binds if p in times}, "faults": faults}  # fmt: skip
+    if tried:
+        row["config"] = min(tried, key=tried.__getitem__)
+        row["time_us"][name] = tried[row["config"]]
+    return row
+
+
+def plan_of(m: int, n: int, k: int, rivals: int, seen: bool) -> list[Config]:
+    """The shipped configuration of a shape and its best rivals; of an unseen shape what the rule gives, alone."""
+    sms, chip = sm_count(), detect("cuda").value("chip") or ""
+    if not seen:
+        return [by_rule(m, n, k, sms)]
+    others = [by_rule(m, n, k, sms), *candidates(m, n, k, sms)]
+    known = measured(m, n, k, chip) is not None
+    return list(dict.fromkeys([choose(m, n, k, sms, chip), *others]))[: rivals + (1 if known else 2)]
 
 
 def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> None:
-    """Measure candidates, take the best of each shape, and time that once more beside all peers."""
-    unseen = [] if args.nk else list(UNSEEN)
-    sms = sm_count()
+    """Check and measure everything; write what was measured after each weight shape."""
     chip = detect("cuda").value("chip") or "unknown"
-    plan = {(m, n, k): candidates(m, n, k, sms) for n, k in nks for m in ms}
-    plan |= {(m, n, k): [choose(m, n, k, sms)] for n, k in unseen for m in ms}
-    texts = sorted({str(c) for chosen in plan.values() for c in chosen})
+    unseen = [] if args.nk else list(UNSEEN)
+    plan = {(m, n, k): plan_of(m, n, k, args.rivals, (n, k) in nks) for n, k in [*unseen, *nks] for m in ms}
+    texts = sorted({str(c) for chosen in plan.values() for c in chosen} | (rule_anywhere() if args.rule else set()))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
-    peers = [p for p in PEERS if p.name in FINAL_PEERS and p.available(args.peers)]
-    verdicts = prepare(texts, peers, args.peers, dict.fromkeys([*nks, *unseen], ms), args.prepare)
+    peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
+    shapes = dict.fromkeys([*nks, *unseen], ms)
+    verdicts = prepare(texts, peers, args.peers, shapes, args.prepare, args.workers)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
     out = {"environment": environment(), "bad": bad, "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings(),
            "dispatch": dispatch()}  # fmt: skip
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
-    tuned: list[Row] = []
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:
         for m in ms:
@@ -163,27 +166,29 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
                 log("out of time at", m, n, k)
                 break
             good = [c for c in plan[m, n, k] if str(c) not in bad]
-            more, row = measure(Case(m, n, k), good, peers, (n, k) in unseen)
-            tuned += [more] if more else []
-            rows.append(row)
-        save(args.out, chip, out, tuned, rows)
+            rows.append(measure(Case(m, n, k), good, peers, (n, k) in unseen))
+        save(args.out, chip, out, rows)
         torch.cuda.empty_cache()
     log("end")
 
 
-def save(folder: pathlib.Path, chip: str, out: dict[str, object], tuned: list[Row], rows: list[Row]) -> None:
-    """What was measured so far: the report, its data, all candidates, and the table for the kernels."""
-    card = chip.split("-")[1]
+def save(folder: pathlib.Path, chip: str, out: dict[str, object], rows: list[Row]) -> None:
+    """What was measured so far: the report, its data, a picture, and the table that the kernels would ship."""
+    card = chip.split("-")[1] if "-" in chip else chip
     report = {**out, "rows": rows}
     (folder / f"{card}-gemm.json").write_text(json.dumps(report, indent=1))
     (folder / f"{card}-gemm.md").write_text(markdown(report))
-    (folder / "tune.json").write_text(json.dumps({"environment": out["environment"], "rows": tuned}))
+    draw(report, folder / f"{card}-gemm.svg")
     table: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["config"] and not row["unseen"]:
             table.setdefault(f"{row['n']}x{row['k']}", {})[str(row["m"])] = str(row["config"])
     (folder / f"{chip}.json").write_text(json.dumps(table, indent=1) + "\n")
-    draw(report, folder / f"{card}-gemm.svg")
+
+
+def rule_anywhere() -> set[str]:
+    """What the rule gives over a grid of shapes far wider than the report's: checked, not timed."""
+    return {str(by_rule(m, n, k, sm_count())) for n in RULE_N for k in RULE_K for m in RULE_M}
 
 
 def environment() -> dict[str, str]:
@@ -206,6 +211,9 @@ def main() -> None:
     parser.add_argument("--m", default="")
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")
+    parser.add_argument("--rivals", type=int, default=7, help="configurations beside the shipped one")
+    parser.add_argument("--rule", action="store_true", help="check all that the rule can give, too")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile and check")
     parser.add_argument("--warm", default="", help="worker: N,K that DeepGEMM compiles for")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A roofline picture of a GEMM report, as SVG: each shape's rate over its operations per byte, under the two ceilings."""
+"""A roofline picture of a GEMM report, as SVG: each shape's rate over its operations per byte, under two ceilings."""
 
 from __future__ import annotations
 

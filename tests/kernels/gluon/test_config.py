@@ -11,7 +11,6 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
         (Wide(128, 8), 2, 6),
         (Wide(128, 8), 4, 5),  # fp32 results take the memory of a stage
         (Wide(128, 8, step=2), 2, 3),
-        (Wide(192, way="r"), 2, 5),
         (Wide(256, 2, way="t"), 2, 4),
         (Wide(256, 8, way="t", staging=256), 2, 3),
         (Wide(192, 4, way="s", staging=192), 2, 4),
@@ -31,7 +30,6 @@ def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None
         (Wide(128, staging=128), (1, 128), (1, 128)),
         (Wide(256, way="t", staging=256), (2, 128), (2, 128)),
         (Wide(192, way="s", staging=192), (2, 128), (3, 64)),
-        (Wide(192, way="r"), (3, 64), (1, 64)),
         (Wide(96, staging=96), (3, 32), (3, 32)),
         (Wide(96), (3, 32), (1, 32)),  # two slots would not come round in step with three units
         (Wide(160), (5, 32), (1, 32)),

@@ -27,16 +27,15 @@ class Wide:
     way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
         "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
             160 or 192, with one set each.
-        "t" in turn: pieces of at most 128 columns, one set of partial products, x from shared memory.
+        "t" in turn: pieces of at most 128 columns, one set of partial products.
         "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
-        "x" like "t" with x from registers. "r" pieces of 64 columns, two sets, x from registers; bn 192 or 256.
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
     groups: consumer warpgroups, 1 to 3.
     step: k-blocks that are loaded and released together, 1, 2 or 4; divides ceil(K / 128).
     per_sm: programs that share an SM.
     staging: columns of y that a warpgroup can stage in shared memory; with all of a tile's it never waits for a store.
-    pdl: start while the kernel before drains (programmatic dependent launch).
+    pdl: start while the kernel before drains (programmatic dependent launch). early: and fetch weights meanwhile.
     """
 
     bn: int
@@ -48,9 +47,10 @@ class Wide:
     per_sm: int = 1
     staging: int = 64
     pdl: bool = True
+    early: bool = True
 
     def __str__(self) -> str:
-        tail = "" if self.pdl else "-nopdl"
+        tail = "-nopdl" if not self.pdl else "" if self.early else "-late"
         return (
             f"wide-{self.bn}{self.way}-u{self.unroll}-p{self.parts}-g{self.groups}-s{self.step}-x{self.per_sm}"
             f"-y{self.staging}{tail}"
@@ -59,7 +59,7 @@ class Wide:
     @property
     def piece(self) -> int:
         """Width of one piece: columns of one wgmma. Of the first, where the second is half as wide ("s")."""
-        return 64 if self.way == "r" else 128 if self.way == "s" else min(self.bn & -self.bn, 128)
+        return 128 if self.way == "s" else min(self.bn & -self.bn, 128)
 
     @property
     def pieces(self) -> int:
@@ -195,7 +195,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([osrtx])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl)?"
+    r"wide-(\d+)([ost])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 
@@ -209,6 +209,7 @@ def parse(text: str) -> Config:
     if match[1]:
         bn, way, *rest = match.groups()[:8]
         unroll, parts, groups, step, per_sm, staging = map(int, rest)
-        return Wide(int(bn), unroll, parts, groups, step, way, per_sm, staging, pdl=not match[9])
+        pdl, early = match[9] != "-nopdl", match[9] is None
+        return Wide(int(bn), unroll, parts, groups, step, way, per_sm, staging, pdl, early)
     tokens, groups, split, per_sm, step = map(int, match.groups()[9:14])
     return Swap(tokens, groups, split, per_sm, step, pdl=not match[15])

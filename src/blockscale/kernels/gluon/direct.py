@@ -11,7 +11,7 @@ tensor map, then its shape as int32 and its strides as int64; two scratch pointe
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -91,8 +91,8 @@ class TensorMap:
 class Direct:
     """One kernel with all its parameters. `pointers` and `maps` hold what a caller may change between launches."""
 
-    def __init__(self, launch: Launch, compiled: Any) -> None:
-        """compiled: what the first call of `launch.kernel` returned."""
+    def __init__(self, launch: Launch, compiled: Any, stream: int) -> None:
+        """compiled: what the first call of `launch.kernel` returned. stream: the CUstream's address."""
         values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
         metas = iter(compiled.metadata.tensordesc_meta)
         self.pointers: dict[str, ctypes.c_uint64] = {}
@@ -128,18 +128,12 @@ class Direct:
         self._attributes = (_Attribute * 1)(_Attribute(_SERIALIZATION, 0, (1,)))
         grid = (*launch.grid, 1, 1)[:3]
         overlap = 1 if launch.options.get("launch_pdl") else 0
-        self._config = _Config(grid, (32 * warps, 1, 1), shared, None, self._attributes, overlap)
-        self._launch = _driver().cuLaunchKernelEx
-        self._arguments = (
-            ctypes.byref(self._config),
-            ctypes.c_void_p(compiled.function),
-            self._parameters,
-            None,
-        )
+        self._config = _Config(grid, (32 * warps, 1, 1), shared, stream, self._attributes, overlap)
+        function = ctypes.c_void_p(compiled.function)
+        self.enqueue = partial(_driver().cuLaunchKernelEx, ctypes.byref(self._config), function, self._parameters, None)
+        """Starts the kernel: the driver's error code, 0 for none."""
 
-    def start(self, stream: int) -> None:
-        """Enqueue the kernel. stream: the CUstream's address."""
-        self._config.stream = stream
-        result = self._launch(*self._arguments)
-        if result:
-            _check(result, "cuLaunchKernelEx")
+
+def check_launch(result: int) -> None:
+    """Raise for the error code of a launch."""
+    _check(result, "cuLaunchKernelEx")

@@ -20,8 +20,7 @@ from ...registry import Problem
 from ...tensor import BlockScaled
 from . import gemm, quantize
 from .config import Config, ceil_div, floats
-from .direct import Direct
-from .launch import Launch
+from .direct import Direct, check_launch
 from .selection import choose
 
 _MOST_PREPARED = 1 << 13
@@ -51,7 +50,7 @@ class Prepared:
         self.parts_at = self.scale_at + ceil_div(groups * ld * 4, 128) * 128
         self.splits = floats(config, m, n, k, sms)
         self.bytes = self.parts_at + 4 * self.splits
-        self.device, self.dtype = x.device, problem.out_dtype
+        self.device = x.device
         self.kept = _scratch(x.device, stream, get_ident()) if self.bytes <= _KEPT_SCRATCH else None
         scratch = self._allocate() if self.kept is None else self.kept
         data = scratch[: m * k].view(torch.float8_e4m3fn).view(m, k)
@@ -62,27 +61,30 @@ class Prepared:
         parts = scratch[self.parts_at : self.bytes].view(torch.float32) if self.splits else None
         second = gemm.launch(q, w, bias, y[:, :n], config, sms, parts, early=True)
         self.tickets = second.argument("tickets") if self.splits else None
-        self.quantize, self.multiply = _direct(first), _direct(second)
-        self.y_in_map = "y_desc" in self.multiply.maps
+        self.quantize = Direct(first, first.run(), stream)
+        self.multiply = Direct(second, second.run(), stream)
+        self.x_address = self.quantize.pointers["x_ptr"]
+        self.bias_address = self.multiply.pointers["bias_ptr"]
+        self.y_map = self.multiply.maps.get("y_desc")  # by TMA, or through a pointer
+        self.y_address = self.multiply.pointers.get("y_ptr")
 
     def _allocate(self) -> Tensor:
         return torch.empty(self.bytes, device=self.device, dtype=torch.uint8)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, stream: int) -> Tensor:
-        y = torch.empty(self.y_shape, device=self.device, dtype=self.dtype)
-        first, second = self.quantize, self.multiply
-        first.pointers["x_ptr"].value = x.data_ptr()
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(self.y_shape)
+        self.x_address.value = x.data_ptr()
         if bias is not None:
-            second.pointers["bias_ptr"].value = bias.data_ptr()
-        if self.y_in_map:
-            second.maps["y_desc"].point_to(y.data_ptr())
-        else:
-            second.pointers["y_ptr"].value = y.data_ptr()
+            self.bias_address.value = bias.data_ptr()
+        if self.y_map is not None:
+            self.y_map.point_to(y.data_ptr())
+        elif self.y_address is not None:
+            self.y_address.value = y.data_ptr()
         if self.kept is None:
             scratch = self._allocate()  # named: it must outlive the launches
             self._use(scratch.data_ptr())
-        first.start(stream)
-        second.start(stream)
+        if result := self.quantize.enqueue() or self.multiply.enqueue():
+            check_launch(result)
         n = self.problem.n
         return y if self.y_shape[1] == n else y[:, :n].contiguous()
 
@@ -107,33 +109,46 @@ def _config(problem: Problem, x: Tensor) -> tuple[Config, int]:
     return choose(x.shape[0], problem.n, problem.k, sms, platform.value("chip") or ""), sms
 
 
-def _direct(launch: Launch) -> Direct:
-    return Direct(launch, launch.run())
-
-
 _prepared: dict[tuple[int, ...], Prepared] = {}
+
+
+_device = getattr(torch._C, "_cuda_getDevice", None)
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_captures = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+# straight from torch's library: the functions of torch.cuda around them cost a microsecond a call
 
 
 def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
     """`quantize(x) @ w.T + bias`: [M, N]. x: [M, K] on the weight's device."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    assert _device is not None
+    assert _stream is not None
+    assert _captures is not None
     device = x.get_device()
-    if torch.cuda.current_device() != device:
-        with torch.cuda.device(device):
-            return linear(problem, x, w, bias)
-    if torch.cuda.is_current_stream_capturing() or w.scale.dtype not in _READ_AS_STORED:
-        return _through_triton(problem, x, w, bias)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    rows, cols = x.stride()
+    if _device() != device or cols != 1 or _captures():
+        return _elsewhere(problem, x, w, bias)
     # kernels are compiled for aligned or unaligned addresses; what is prepared holds addresses, so it is a thread's own
-    alignments = x.data_ptr() % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
-    key = (w.data.data_ptr(), w.scale.data_ptr(), x.shape[0], x.stride(0), alignments, stream, get_ident())
+    aligned = x.data_ptr() % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
+    stream = _stream(device)
+    key = (w.data.data_ptr(), w.scale.data_ptr(), x.shape[0], rows, aligned, stream, get_ident())
     prepared = _prepared.get(key)
     if prepared is None or prepared.problem is not problem:
+        if w.scale.dtype not in _READ_AS_STORED:
+            return _through_triton(problem, x, w, bias)
         if len(_prepared) >= _MOST_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared = Prepared(problem, x, w, bias, stream)
-    return prepared(x, bias, stream)
+    return prepared(x, bias)
+
+
+def _elsewhere(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
+    """Calls that cannot be started as they come: on another device than the current one, strided, or captured."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    with torch.cuda.device(x.device):
+        if torch.cuda.is_current_stream_capturing():
+            return _through_triton(problem, x, w, bias)
+        return linear(problem, x, w, bias)
 
 
 def _through_triton(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ program order: same bytes whoever that is.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: SIM102 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: SIM102, SIM108 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 from torch import Tensor
@@ -196,10 +196,10 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, full_waves,
-    dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps,
+    full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
@@ -228,18 +228,15 @@ def wide_kernel(
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             0, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             1, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             2, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
@@ -250,10 +247,9 @@ def wide_kernel(
     elif GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             0, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
@@ -264,14 +260,12 @@ def wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             0, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace,
-                             tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt,
-                             1, GROUPS, PIECES, STEP, STAGES, U,
-                             SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
@@ -329,7 +323,7 @@ def launch(
         "STREAM_K": grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
-        "EARLY": config.pdl and early,
+        "EARLY": config.pdl and config.early and early,
         "CONSUMER_REGISTERS": consumer_registers,
     }
     options = {"num_warps": 4, "maxnreg": cap, "launch_pdl": config.pdl}

@@ -1,7 +1,7 @@
 """The inner loops of `wide.py`: a warpgroup's products of several steps, promoted into its fp32 accumulators.
 
-Three ways, by the shape of the tile: overlapped (two warpgroups, one piece), in turn (three warpgroups), from registers
-(several pieces that share the rows of x).
+They differ in how the tensor cores are kept busy while partial products are promoted: by a second set of those
+(overlapped, rotating) or by another warpgroup (in turn).
 """
 
 # mypy: ignore-errors
@@ -143,23 +143,19 @@ def _blocks_rotating(
 @gluon.jit
 def _blocks_in_turn(
     accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    mma: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
-    The registers saved make room for twice the columns. REGISTERS: x is read from shared memory once for all pieces.
+    The registers saved make room for twice the columns.
     """
     PIECES: gl.constexpr = len(accs)
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
     partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
     for u in gl.static_range(U):
         mbarrier.wait(full.index(stage), phase)
         for j in gl.static_range(STEP):
             x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
-            if REGISTERS:
-                x = x.load(operand)
             for p in gl.static_range(PIECES):
                 w = w_bufs.index((stage * STEP + j) * PIECES + p).permute((1, 0))
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
@@ -213,66 +209,13 @@ def plus_stored(accs, part):
 
 
 @gluon.jit
-def _blocks_from_registers(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """U k-blocks of a tile of several 64-wide pieces, x from registers: read once from shared memory for all pieces.
-
-    odd: the tile starts in the middle of a 128-wide scale block.
-    """
-    PIECES: gl.constexpr = len(accs)
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
-    spare = gl.zeros((64, 64), gl.float32, layout=mma)
-    held = stage
-    busy = spare
-    scale = gl.zeros((64,), gl.float32, layout=rows)
-    for j in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        x = x_rows(x_bufs, stage, WG, GROUPS).load(operand)
-        for p in gl.static_range(PIECES):
-            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
-            started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
-            if p == 0:
-                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
-                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, 0, rows)
-                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, 0, rows)
-            if p == 0:
-                if j > 0:
-                    spare = warpgroup_mma_wait(1, deps=(busy,))
-                    mbarrier.arrive(empty.index(held), count=1)
-                    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
-            else:
-                spare = warpgroup_mma_wait(1, deps=(busy,))
-                accs = _put(accs, p - 1, promote_rows(accs[p - 1], spare, scale))
-            busy = started
-            # the tile's columns cross into the second scale block after 128 of them, 64 when it starts at an odd 64
-            if p == 0:
-                scale = scale_lo
-            elif p == 1:
-                scale = gl.where(odd, scale_hi, scale_lo)
-            else:
-                scale = scale_hi
-        held = stage
-        stage, phase = advance(stage, phase, STAGES)
-    spare = warpgroup_mma_wait(0, deps=(busy,))
-    mbarrier.arrive(empty.index(held), count=1)
-    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
-    return accs, stage, phase
-
-
-@gluon.jit
 def multiply_steps(
     accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
-    """U steps of a tile. at: flat index of the first weight scale. WAY: see `config.Wide`; "s" is in `wide_split.py`."""
-    if WAY == "r":
-        return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                      start != 0, WG, GROUPS, U, STAGES, mma)  # fmt: skip
-    elif WAY == "o" and len(accs) == 1:
+    """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale."""
+    if WAY == "o" and len(accs) == 1:
         return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
                                   STEP, U, STAGES, mma)  # fmt: skip
     elif WAY == "o":
@@ -280,4 +223,4 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
-                               WG, GROUPS, STEP, U, STAGES, WAY == "x", mma)  # fmt: skip
+                               WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip

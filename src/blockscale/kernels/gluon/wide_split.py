@@ -1,10 +1,10 @@
 """Tiles of 192 columns for `wide.py`: a piece of 128 and one of 64, each inside one block of weight scales.
 
-Twelve k-blocks of shared memory traffic do the work of sixteen at 128 columns, and 192 divides widths that 128 and 256
-fill badly (2112, 1536).
+192 divides widths that 128 and 256 columns fill badly (2112, 1536).
 """
 
 # mypy: ignore-errors
+# ruff: noqa: SIM108 (compiled by Gluon: branches on constexprs)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -19,7 +19,7 @@ from .wide_tiles import segment, segments, tile_origin
 
 @gluon.jit
 def pieces(n):
-    """First columns of the 128-wide and of the 64-wide piece of the tile at n: 128 columns start at multiples of 128."""
+    """First columns of the 128-wide and of the 64-wide piece of the tile at n; the first is a multiple of 128."""
     aligned = n % 128 == 0
     return gl.where(aligned, n, n + 64), gl.where(aligned, n + 128, n)
 
@@ -41,7 +41,7 @@ def _blocks(
     accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
     GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a tile of 192 columns: 128 ("p") are promoted while 64 ("q") are multiplied, and the other way round.
+    """U k-blocks of a tile of 192 columns: 128 ("p") are promoted while 64 ("q") are multiplied, and vice versa.
 
     at_p, at_q: flat index of the first weight scale of each.
     """
@@ -93,7 +93,7 @@ def consume_split(
     stage = 0
     phase = 0
     for i in range(count):
-        tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, False)
+        tile = segment(i, cut, u0, u1, num_steps, full_waves, False)[0]
         m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, 192)
         m += WG * 64
         n_p, n_q = pieces(n)
