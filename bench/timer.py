@@ -1,49 +1,12 @@
-"""Timing on a GPU: CUDA graphs, operands rotated past L2, replays interleaved among implementations, medians.
-
-A graph of several calls hides launch gaps as a serving engine's graph does. The calls of one graph walk through copies
-of the operands that together exceed L2 several times, so that weights come from memory. Replays of all
-implementations alternate, so that clocks, heat and neighbours hit all of them alike; report ratios.
-"""
+"""Limits of a GPU, measured: what a kernel's time is compared with. Kernels are timed by `kernels/gluon/measure.py`."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 
 Call = Callable[[], object]
-
-
-def graph(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
-    """Capture `count` calls, walking round `calls` (one for each copy of the operands)."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for i in range(count):
-            calls[i % len(calls)]()
-    return captured
-
-
-def interleaved(graphs: Mapping[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
-    """Median microseconds of one call of each graph. calls: calls that every graph holds."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    events = {name: (_event(), _event()) for name in graphs}
-    for captured in graphs.values():
-        captured.replay()
-    torch.cuda.synchronize()
-    for _ in range(rounds):
-        for name, captured in graphs.items():
-            start, end = events[name]
-            start.record()
-            captured.replay()
-            end.record()
-        torch.cuda.synchronize()
-        for name, (start, end) in events.items():
-            times[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def eager_us(call: Call, repeat: int = 20) -> float:

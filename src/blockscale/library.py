@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler as _profiler
 
 from . import reference, registry
 from .formats import Format, ScaleRounding, get_format
@@ -275,3 +276,20 @@ for _name, _run, _fake in (
 
 OPS = torch.ops.blockscale
 """The ops, as `torch.ops.blockscale`, once their schemas exist."""
+
+
+def linear(x: Tensor, *args: Any) -> Tensor:
+    """`OPS.linear`, entered without the dispatcher where nothing but that would happen there: it costs 4 us a call.
+
+    Tracers, transforms, modes, subclasses and profilers see the op as ever.
+    """
+    if (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and not _profiler._is_profiler_enabled
+    ):
+        return _linear(x, *args)
+    return cast(Tensor, OPS.linear(x, *args))

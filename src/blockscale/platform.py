@@ -38,6 +38,7 @@ class Platform:
     kind: "cuda", "rocm", "xpu", "cpu" or a third party's word.
     arch: "sm_90", "gfx942", "bmg", "avx2" …; "" when unknown.
     features: (name, value) pairs: versions of packages, probe and self-test verdicts. "" is "there, no version".
+        On cuda also "sms", the multiprocessors, and "chip", the card's name as in "nvidia-h200".
     ops: (name, schema) pairs of the torch ops that packages brought, e.g. "_xpu_C::fp8_gemm". Not part of the text:
         `parse` takes them from the records of package versions that we ship (`kernels/*/schemas.json`).
     """
@@ -116,6 +117,7 @@ def detect(device: torch.device | str = "cpu") -> Platform:
         if torch.version.hip:
             return Platform("rocm", properties.gcnArchName.split(":")[0], (*versions, ("hip", torch.version.hip)))
         versions += [("cuda", torch.version.cuda or ""), ("sms", str(properties.multi_processor_count))]
+        versions += [("chip", re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-"))]
         return Platform("cuda", f"sm_{properties.major}{properties.minor}", tuple(versions))
     if device.type == "xpu":
         _require(torch.xpu.is_available(), device)

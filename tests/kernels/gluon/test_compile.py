@@ -10,10 +10,10 @@ pytest.importorskip("triton", minversion="3.6")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from aot import compile_for_hopper
-from blockscale.kernels.gluon import quantize, swap, wide
+from blockscale.kernels.gluon import quantize, swap, tables, wide
 from blockscale.kernels.gluon.config import Config, Wide, parse
 from blockscale.kernels.gluon.launch import Launch
-from blockscale.kernels.gluon.selection import _table, by_rule
+from blockscale.kernels.gluon.selection import by_rule
 
 BF16 = torch.bfloat16
 
@@ -32,7 +32,9 @@ def launch(config: Config, m: int, n: int, k: int, out: torch.dtype = BF16, e8m0
     ("text", "shape", "out", "e8m0"),
     [
         ("swap-16-g2-k2-x1-s2", (16, 576, 2048), BF16, True),
-        ("wide-64-u4-p2-g2-s1", (130, 576, 1024), torch.float32, False),
+        ("wide-64o-u4-p2-g2-s1-x1-y64", (130, 576, 1024), torch.float32, False),
+        ("wide-256t-u2-p1-g2-s1-x1-y64", (300, 576, 1024), BF16, False),
+        ("wide-128t-u4-p3-g1-s1-x2-y64", (64, 576, 1024), BF16, False),
     ],
 )
 def test_it_compiles_to_fp8_wgmma(text: str, shape: tuple[int, int, int], out: torch.dtype, e8m0: bool) -> None:
@@ -51,9 +53,10 @@ def test_the_quantizer_compiles_to_saturating_fp8_casts() -> None:
 def _chosen() -> list[tuple[str, tuple[int, int, int]]]:
     """Every configuration of the table, and what the rule gives other shapes, each with one shape that gets it."""
     found = {}
-    for key, rows in _table().items():
-        n, k = map(int, key.split("x"))
-        found |= {text: (int(m), n, k) for m, text in rows.items()}
+    for path in Path(tables.__file__).parent.glob("*.json"):
+        for key, rows in tables.read(path.stem).items():
+            n, k = map(int, key.split("x"))
+            found |= {text: (int(m), n, k) for m, text in rows.items()}
     for n, k in ((576, 7168), (5120, 3072), (3584, 4608), (2048, 5120), (24576, 1536), (32768, 512)):
         found |= {str(by_rule(m, n, k, 132)): (m, n, k) for m in (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)}
     return sorted(found.items())

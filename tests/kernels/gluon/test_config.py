@@ -11,14 +11,34 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
         (Wide(128, 8), 2, 6),
         (Wide(128, 8), 4, 5),  # fp32 results take the memory of a stage
         (Wide(128, 8, step=2), 2, 3),
-        (Wide(192), 2, 5),
-        (Wide(256, 2), 2, 4),
+        (Wide(256, 2, way="t"), 2, 4),
+        (Wide(256, 8, way="t", staging=256), 2, 3),
+        (Wide(192, 4, way="s", staging=192), 2, 4),
+        (Wide(128, 4, way="t", groups=1, per_sm=2), 2, 4),
         (Wide(64, 8), 2, 8),
-        (Wide(128, 8, groups=3), 2, 4),
+        (Wide(128, 8, way="t", groups=3), 2, 4),
     ],
 )
 def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None:
     assert config.stages(out_bytes) == stages
+
+
+@pytest.mark.parametrize(
+    ("config", "pieces", "units"),  # (how many, width) of the pieces; (slots, width) of the staging buffer
+    [
+        (Wide(128), (1, 128), (1, 64)),
+        (Wide(128, staging=128), (1, 128), (1, 128)),
+        (Wide(256, way="t", staging=256), (2, 128), (2, 128)),
+        (Wide(192, way="s", staging=192), (2, 128), (3, 64)),
+        (Wide(96, staging=96), (3, 32), (3, 32)),
+        (Wide(96), (3, 32), (1, 32)),  # two slots would not come round in step with three units
+        (Wide(160), (5, 32), (1, 32)),
+        (Wide(32), (1, 32), (1, 32)),
+    ],
+)
+def test_pieces_and_staging(config: Wide, pieces: tuple[int, int], units: tuple[int, int]) -> None:
+    assert (config.pieces, config.piece) == pieces
+    assert (config.slots, config.unit) == units
 
 
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])
@@ -50,12 +70,18 @@ def test_grids(config: Wide, shape: tuple[int, int, int], grid: Grid) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["wide-128-u8-p1-g2-s1", "wide-192-u4-p3-g2-s1-nopdl", "swap-16-g1-k4-x2-s2", "swap-8-g2-k0-x1-s1-nopdl"]
+    "text",
+    [
+        "wide-128o-u8-p1-g2-s1-x1-y64",
+        "wide-256t-u4-p3-g1-s1-x2-y128-nopdl",
+        "swap-16-g1-k4-x2-s2",
+        "swap-8-g2-k0-x1-s1-nopdl",
+    ],
 )
 def test_names_round_trip(text: str) -> None:
     assert str(parse(text)) == text
 
 
 def test_a_name_that_is_none_says_what_is_needed() -> None:
-    with pytest.raises(ValueError, match="got 'wide-128', need e.g. 'wide-128-u8-p1-g2-s1'"):
+    with pytest.raises(ValueError, match="got 'wide-128', need e.g. 'wide-128o-u8-p1-g2-s1-x1-y64'"):
         parse("wide-128")

@@ -1,12 +1,14 @@
 """Which configuration a shape gets, as literal tables. Pure: no GPU, no triton."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from blockscale.formats import get_format
-from blockscale.kernels.gluon import heuristic
+from blockscale.kernels.gluon import heuristic, tables
 from blockscale.kernels.gluon.config import Swap, parse
-from blockscale.kernels.gluon.selection import _table, by_rule, choose, measured
+from blockscale.kernels.gluon.selection import by_rule, choose, measured
 from blockscale.ops import linear_problem
 from blockscale.reference import quantize
 
@@ -14,25 +16,30 @@ from blockscale.reference import quantize
 @pytest.mark.parametrize(
     ("m", "n", "k", "config"),
     [
-        (1, 2048, 5120, "swap-8-g1-k4-x1-s1"),  # 32 tiles, four programs each: 128 of 132 SMs
-        (8, 5120, 3072, "swap-8-g1-k1-x1-s1"),
-        (16, 3584, 4608, "swap-16-g1-k2-x1-s1"),
-        (16, 18432, 7168, "swap-16-g1-k1-x3-s1-nopdl"),  # 288 programs leave places that the next launch would take
-        (64, 24576, 1536, "swap-64-g1-k1-x3-s1"),
-        (33, 5120, 3072, "swap-64-g1-k1-x1-s1"),
+        (1, 2048, 5120, "swap-8-g1-k3-x1-s2"),  # 32 tiles, three programs each
+        (8, 5120, 3072, "swap-8-g1-k1-x1-s2"),
+        (16, 3584, 4608, "swap-16-g1-k2-x1-s2"),
+        (16, 18432, 7168, "swap-16-g1-k0-x1-s2"),  # 288 tiles: equal ranges for 132 programs
         (32, 5120, 3072, "swap-32-g1-k1-x1-s2"),
-        (16, 192, 128, "swap-16-g1-k1-x1-s1"),  # K is one k-block: nothing to split
-        (128, 512, 7168, "wide-32-u8-p4-g2-s1"),
-        (512, 4096, 7168, "wide-128-u8-p1-g2-s1"),
-        (4096, 4096, 7168, "wide-128-u8-p1-g2-s1-nopdl"),
+        (64, 24576, 1536, "wide-192o-u4-p1-g1-s2-x1-y64"),  # 128 tiles
+        (128, 512, 7168, "wide-32o-u8-p3-g1-s2-x1-y64"),
+        (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
+        (4096, 4096, 7168, "wide-256t-u4-p1-g2-s1-x1-y64-nopdl"),
+        (4096, 2112, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),  # 11 columns of tiles, all full
+        (512, 4096, 512, "wide-128o-u4-p1-g2-s1-x1-y128-late"),
     ],
 )
 def test_rule(m: int, n: int, k: int, config: str) -> None:
     assert str(by_rule(m, n, k, 132)) == config
 
 
-def test_every_row_of_the_table_reads() -> None:
-    for shape, rows in _table().items():
+H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
+TABLES = sorted(p.stem for p in Path(tables.__file__).parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("chip", TABLES)
+def test_every_row_of_a_shipped_table_reads(chip: str) -> None:
+    for shape, rows in tables.read(chip).items():
         n, k = map(int, shape.split("x"))
         for m, text in rows.items():
             config = parse(text)
@@ -43,13 +50,13 @@ def test_every_row_of_the_table_reads() -> None:
 
 
 def test_the_table_answers_for_rows_that_are_tiled_alike() -> None:
-    assert measured(1, 2112, 7168, 132) == parse(_table()["2112x7168"]["1"])
-    assert measured(12, 2112, 7168, 132) == parse(_table()["2112x7168"]["16"])
-    assert measured(100, 2112, 7168, 132) == parse(_table()["2112x7168"]["128"])
-    assert measured(129, 2112, 7168, 132) is None  # two rows of tiles; the next entry has four
-    assert measured(16384, 2112, 7168, 132) is None
-    assert measured(16, 2112, 7168, 114) is None  # another chip
-    assert measured(16, 2112, 7040, 132) is None
+    assert measured(1, 2112, 7168, H200) == parse(tables.read(H200)["2112x7168"]["1"])
+    assert measured(12, 2112, 7168, H200) == parse(tables.read(H200)["2112x7168"]["16"])
+    assert measured(100, 2112, 7168, H100) == parse(tables.read(H100)["2112x7168"]["128"])
+    assert measured(129, 2112, 7168, H100) is None  # two rows of tiles; the next entry has four
+    assert measured(16384, 2112, 7168, H100) is None
+    assert measured(16, 2112, 7168, "nvidia-h100-nvl") is None  # another card
+    assert measured(16, 2112, 7040, H200) is None
 
 
 def test_without_the_table_the_rule_decides() -> None:
@@ -58,4 +65,4 @@ def test_without_the_table_the_rule_decides() -> None:
 
 def test_heuristic_is_a_function_of_the_problem() -> None:
     w = quantize(torch.zeros(256, 256), get_format("fp8_128x128"))
-    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "swap-8-g1-k1-x1-s1"
+    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "swap-8-g1-k1-x1-s2"

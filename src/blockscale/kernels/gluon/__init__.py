@@ -6,7 +6,8 @@ launch. Triton is imported when a kernel first runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_FLOOR = 1e-30  # below it a scale could be subnormal, which the fast division does not round right
 
 
-def heuristic(problem: Problem, m: int, sm_count: int) -> Config:
-    """The configuration for m rows: pure, so that any choice can be looked at on any machine."""
-    return choose(m, problem.n, problem.k, sm_count)
+def heuristic(problem: Problem, m: int, sm_count: int, chip: str = "") -> Config:
+    """The configuration for m rows: pure, so that any choice can be looked at on any machine.
+
+    chip: the card whose measured table is asked first, as in `Platform.value("chip")`; "" asks none.
+    """
+    return choose(m, problem.n, problem.k, sm_count, chip)
 
 
 class _Gluon:
@@ -56,8 +60,10 @@ class _Gluon:
     def _multiply(self, problem: Problem, x: BlockScaled, w: BlockScaled, bias: Tensor | None) -> Tensor:
         from .gemm import multiply
 
-        sm_count = int(detect(w.device).value("sms") or 132)
-        return multiply(x, w, bias, problem.out_dtype, heuristic(problem, x.shape[0], sm_count), sm_count)
+        platform = detect(w.device)
+        sm_count = int(platform.value("sms") or 132)
+        config = heuristic(problem, x.shape[0], sm_count, platform.value("chip") or "")
+        return multiply(x, w, bias, problem.out_dtype, config, sm_count)
 
 
 class _Linear(_Gluon):
@@ -75,11 +81,14 @@ class _Linear(_Gluon):
             yield f"act_floor {problem.numerics.act_floor:g} is below {_SMALLEST_FLOOR:g}: scales could be subnormal"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-        from .quantize import quantize
+        return _eager()(problem, x, w, bias)
 
-        act = problem.activation_format
-        assert act is not None
-        return self._multiply(problem, quantize(x, act, problem.numerics.act_floor), w, bias)
+
+@cache
+def _eager() -> Callable[[Problem, Tensor, BlockScaled, Tensor | None], Tensor]:
+    from .eager import linear  # imports triton
+
+    return linear
 
 
 class _Matmul(_Gluon):

@@ -23,12 +23,19 @@ def ceil_div(a: int, b: int) -> int:
 class Wide:
     """A configuration of `wide.py`: tiles of `64 * groups` tokens x `bn` weight rows.
 
-    bn: 32, 64, 128 (one piece, x from shared memory), 192 or 256 (pieces of 64, x from registers).
+    bn: 16, 32, 64, 96, 128, 160, 192 or 256.
+    way: how a warpgroup gets through the columns of its tile, see `wide_blocks.py`:
+        "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
+            160 or 192, with one set each.
+        "t" in turn: pieces of at most 128 columns, one set of partial products.
+        "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
-    groups: consumer warpgroups, 2 or 3.
+    groups: consumer warpgroups, 1 to 3.
     step: k-blocks that are loaded and released together, 1, 2 or 4; divides ceil(K / 128).
-    pdl: start while the kernel before drains (programmatic dependent launch).
+    per_sm: programs that share an SM.
+    staging: columns of y that a warpgroup can stage in shared memory; with all of a tile's it never waits for a store.
+    pdl: start while the kernel before drains (programmatic dependent launch). early: and fetch weights meanwhile.
     """
 
     bn: int
@@ -36,32 +43,55 @@ class Wide:
     parts: int = 1
     groups: int = 2
     step: int = 1
+    way: str = "o"
+    per_sm: int = 1
+    staging: int = 64
     pdl: bool = True
+    early: bool = True
 
     def __str__(self) -> str:
-        tail = "" if self.pdl else "-nopdl"
-        return f"wide-{self.bn}-u{self.unroll}-p{self.parts}-g{self.groups}-s{self.step}{tail}"
-
-    @property
-    def pieces(self) -> int:
-        return self.bn // 64 if self.bn > 128 else 1
+        tail = "-nopdl" if not self.pdl else "" if self.early else "-late"
+        return (
+            f"wide-{self.bn}{self.way}-u{self.unroll}-p{self.parts}-g{self.groups}-s{self.step}-x{self.per_sm}"
+            f"-y{self.staging}{tail}"
+        )
 
     @property
     def piece(self) -> int:
-        """Width of one piece: columns of one wgmma."""
-        return self.bn // self.pieces
+        """Width of one piece: columns of one wgmma. Of the first, where the second is half as wide ("s")."""
+        return 128 if self.way == "s" else min(self.bn & -self.bn, 128)
 
     @property
-    def staging(self) -> int:
-        """Columns of y that a warpgroup stages in shared memory at a time."""
-        return min(self.piece, 64)
+    def pieces(self) -> int:
+        return 2 if self.way == "s" else self.bn // self.piece
+
+    @property
+    def unit(self) -> int:
+        """Columns of y that lie in one slot of the staging buffer."""
+        return min(self.piece, 64 if self.way == "s" or self.staging < 128 else 128)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the staging buffer that each warpgroup has. They divide a tile's units, so that a slot comes round
+        after as many stores as there are slots: that is what a warpgroup waits for."""
+        most = max(1, self.staging // self.unit)
+        return max(d for d in range(1, most + 1) if self.bn // self.unit % d == 0)
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
         scale_rows = 2 if self.pieces > 1 else 1
-        scales = 4 * (256 if self.groups == 3 else 128)
+        scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
-        return min(10, (SHARED_BYTES - _SLACK - self.groups * 64 * self.staging * out_bytes) // stage)
+        budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
+        return min(12 // self.step, (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(cap of a thread at launch, what consumers get when the producer gives its own away)."""
+        if self.groups > 1:
+            return (168, 240) if self.groups == 2 else (128, 160)
+        cap = min(224, 65536 // (256 * self.per_sm) // 8 * 8)
+        return cap, min(240, (cap * 3 - 24) // 2 // 8 * 8)
 
     def tiles(self, m: int, n: int) -> int:
         return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)
@@ -85,12 +115,17 @@ def wide_grid(config: Wide, m: int, n: int, k: int, sm_count: int) -> Grid:
 
     Every program that shares a cut tile gets at least one step: a tile waits for all of its programs.
     """
-    tiles = config.tiles(m, n)
-    full_waves, left = divmod(tiles, sm_count)
-    dealt = min(sm_count, left * min(config.parts, ceil_div(k, 128) // config.step))
-    if config.parts == 1 or dealt <= left:
-        return Grid(min(sm_count, tiles), ceil_div(tiles, sm_count), 0)
-    return Grid(sm_count if full_waves else dealt, full_waves, dealt)
+    tiles, places = config.tiles(m, n), sm_count * config.per_sm
+    full_waves, left = divmod(tiles, places)
+    dealt = min(places, left * min(config.parts, ceil_div(k, 128) // config.step))
+    if config.parts == 1 or dealt <= left or config.way == "s":
+        return Grid(min(places, tiles), ceil_div(tiles, places), 0)
+    return Grid(places if full_waves else dealt, full_waves, dealt)
+
+
+def wide_floats(config: Wide, grid: Grid) -> int:
+    """fp32 numbers of the partial tiles that a wide launch leaves: two for each program that shares tiles."""
+    return grid.dealt * 2 * 64 * config.groups * config.bn
 
 
 @dataclass(frozen=True)
@@ -144,18 +179,37 @@ class Swap:
             return tiles * self.split
         return min(sm_count * self.per_sm, tiles * (ceil_div(k, 128) // self.step))
 
+    def floats(self, programs: int) -> int:
+        """fp32 numbers of the partial tiles that a launch of so many programs leaves."""
+        return 0 if self.split == 1 else programs * (1 if self.split else 2) * 64 * self.tokens
+
 
 Config = Wide | Swap
-_TEXT = re.compile(r"wide-(\d+)-u(\d+)-p(\d+)-g(\d+)-s(\d+)(-nopdl)?|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?")
+
+
+def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
+    """fp32 numbers of the partial tiles that a launch of this configuration leaves."""
+    if isinstance(config, Wide):
+        return wide_floats(config, wide_grid(config, m, n, k, sm_count))
+    return config.floats(config.programs(m, n, k, sm_count))
+
+
+_TEXT = re.compile(
+    r"wide-(\d+)([ost])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
+    r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
+)
 
 
 def parse(text: str) -> Config:
-    """Read what `str(config)` wrote: "wide-128-u8-p1-g2-s1", "swap-16-g1-k4-x2-s2"."""
+    """Read what `str(config)` wrote: "wide-128o-u8-p1-g2-s1-x1-y64", "swap-16-g1-k4-x2-s2"."""
     match = _TEXT.fullmatch(text)
     if not match:
-        raise ValueError(f"configuration: got {text!r}, need e.g. 'wide-128-u8-p1-g2-s1' or 'swap-16-g1-k4-x2-s2'")
+        example = "'wide-128o-u8-p1-g2-s1-x1-y64' or 'swap-16-g1-k4-x2-s2'"
+        raise ValueError(f"configuration: got {text!r}, need e.g. {example}")
     if match[1]:
-        bn, unroll, parts, groups, step = map(int, match.groups()[:5])
-        return Wide(bn, unroll, parts, groups, step, pdl=not match[6])
-    tokens, groups, split, per_sm, step = map(int, match.groups()[6:11])
-    return Swap(tokens, groups, split, per_sm, step, pdl=not match[12])
+        bn, way, *rest = match.groups()[:8]
+        unroll, parts, groups, step, per_sm, staging = map(int, rest)
+        pdl, early = match[9] != "-nopdl", match[9] is None
+        return Wide(int(bn), unroll, parts, groups, step, way, per_sm, staging, pdl, early)
+    tokens, groups, split, per_sm, step = map(int, match.groups()[9:14])
+    return Swap(tokens, groups, split, per_sm, step, pdl=not match[15])

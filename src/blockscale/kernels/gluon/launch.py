@@ -51,8 +51,18 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+    def argument(self, name: str) -> Any:
+        """The argument that the kernel calls `name`."""
+        return self.arguments[self.kernel.arg_names.index(name)]
+
+    def run(self) -> Any:
+        """Start it through Triton, which compiles it first where it must; the compiled kernel."""
+        return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def partial_tiles(device: torch.device, floats: int) -> Tensor:
+    """Memory for partial tiles: torch's allocator hands it out again in stream order."""
+    return torch.empty(floats, device=device, dtype=torch.float32)
 
 
 _STREAM_TICKETS = 1 << 14

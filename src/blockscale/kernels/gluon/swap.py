@@ -13,7 +13,6 @@ the partial tiles in program order: same bytes whoever that is, in one launch.
 # ruff: noqa: SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,7 +30,7 @@ from .device import (
     scale_boxes,
     weight_scale,
 )
-from .launch import Launch, flat, matrix, take_tickets
+from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 
 
 @gluon.jit
@@ -44,15 +43,43 @@ def _first_unit(program, units, num_steps, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_weights(
+    w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, pred, BYTES: gl.constexpr, STEP: gl.constexpr
+):
+    """Announce a step's bytes on its barrier and send for its weights and their scales."""
+    bar = full.index(stage)
+    mbarrier.expect(bar, BYTES, pred=pred)
+    for j in gl.static_range(STEP):
+        w = w_bufs.index(stage * STEP + j)
+        tma.async_copy_global_to_shared(w_desc, [n, (kb + j) * 128], bar, w, pred=pred)
+    start = box_start(n // 128 * ws_ld + kb, ws_desc.dtype)
+    tma.async_copy_global_to_shared(ws_desc, [start], bar, ws_bufs.index(stage), pred=pred)
+
+
+@gluon.jit
 def _producer(
     x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld, u0, u1, num_m,
-    num_steps, TOKENS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    num_steps, TOKENS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring of stages with the operands of steps u0 to u1."""
+    """Fill the ring of stages with the operands of steps u0 to u1.
+
+    EARLY: the first stages' weights are sent for while the kernel before still runs; only what it writes, x, waits.
+    """
     BYTES: gl.constexpr = (
         STEP * (x_desc.block_type.nbytes + w_desc.block_type.nbytes + xs_desc.block_type.nbytes)
         + ws_desc.block_type.nbytes
     )
+    early = 0
+    if EARLY:
+        early = gl.minimum(u1 - u0, STAGES)
+        for i in range(early):
+            u = u0 + i
+            tile = u // num_steps
+            kb = (u - tile * num_steps) * STEP
+            _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, i, tile // num_m * 64, kb, ws_ld, True, BYTES, STEP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     stage = 0
     phase = 1
     for u in range(u0, u1):
@@ -61,15 +88,12 @@ def _producer(
         n = tile // num_m * 64
         m = tile % num_m * TOKENS
         mbarrier.wait(empty.index(stage), phase)
+        _fetch_weights(w_desc, ws_desc, w_bufs, ws_bufs, full, stage, n, kb, ws_ld, u - u0 >= early, BYTES, STEP)
         bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
         for j in gl.static_range(STEP):
             at = stage * STEP + j
-            tma.async_copy_global_to_shared(w_desc, [n, (kb + j) * 128], bar, w_bufs.index(at))
             tma.async_copy_global_to_shared(x_desc, [m, (kb + j) * 128], bar, x_bufs.index(at))
             tma.async_copy_global_to_shared(xs_desc, [(kb + j) * xs_ld + m], bar, xs_bufs.index(at))
-        start = box_start(n // 128 * ws_ld + kb, ws_desc.dtype)
-        tma.async_copy_global_to_shared(ws_desc, [start], bar, ws_bufs.index(stage))
         stage, phase = advance(stage, phase, STAGES)
 
 
@@ -195,7 +219,7 @@ def _consumer(
 def swap_kernel(
     x_desc, w_desc, xs_desc, ws_desc, y_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, y_ld,
     TOKENS: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    U: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    U: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N], rows `y_ld` apart."""
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP, 64, 128], w_desc.layout)
@@ -211,9 +235,6 @@ def swap_kernel(
         sums = xs_bufs
         sum_full = full
         sum_empty = empty
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     num_m = (M + TOKENS - 1) // TOKENS
     units = (N + 63) // 64 * num_m * num_steps
     u0 = _first_unit(gl.program_id(0), units, num_steps, SPLIT)
@@ -229,7 +250,7 @@ def swap_kernel(
                              bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 1, GROUPS,
                              TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES)),
+                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
@@ -241,7 +262,7 @@ def swap_kernel(
                              bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0, GROUPS,
                              TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
                 (_producer, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES)),
+                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
             ],
             [1],
             [24],
@@ -249,17 +270,16 @@ def swap_kernel(
 
 
 def launch(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Swap, sm_count: int
-) -> Launch:
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor, config: Swap, sm_count: int,
+    workspace: Tensor | None = None, early: bool = False,
+) -> Launch:  # fmt: skip
     """Arguments of one launch; operands as for `wide.launch`, y with any row distance."""
     (m, k), n = x.shape, w.shape[0]
     programs = config.programs(m, n, k, sm_count)
+    parts, tickets = w_scale, w_scale  # unused
     if config.split != 1:
-        slots = programs * (1 if config.split else 2)
-        workspace = torch.empty(slots * 64 * config.tokens, device=x.device, dtype=torch.float32)
+        parts = workspace if workspace is not None else partial_tiles(x.device, config.floats(programs))
         tickets = take_tickets(x.device, config.tiles(m, n))
-    else:
-        workspace, tickets = w_scale, w_scale  # unused
     arguments = (
         matrix(x, config.tokens, 128),
         matrix(w, 64, 128),
@@ -267,7 +287,7 @@ def launch(
         flat(w_scale),
         y,
         w_scale if bias is None else bias,
-        workspace,
+        parts,
         tickets,
         x_scale.stride(0),
         w_scale.stride(0),
@@ -286,6 +306,7 @@ def launch(
         "U": config.unroll // config.step,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
+        "EARLY": config.pdl and early,
         "CONSUMER_REGISTERS": consumer_registers,
     }
     options = {"num_warps": 4, "maxnreg": cap, "launch_pdl": config.pdl}

@@ -1,7 +1,7 @@
 """The inner loops of `wide.py`: a warpgroup's products of several steps, promoted into its fp32 accumulators.
 
-Three ways, by the shape of the tile: overlapped (two warpgroups, one piece), in turn (three warpgroups), from registers
-(several pieces that share the rows of x).
+They differ in how the tensor cores are kept busy while partial products are promoted: by a second set of those
+(overlapped, rotating) or by another warpgroup (in turn).
 """
 
 # mypy: ignore-errors
@@ -16,10 +16,20 @@ from .device import advance, promote_rows, weight_scale
 
 
 @gluon.jit
+def x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
+    """The 64 rows of x of warpgroup WG. at: k-block in the ring. Boxes hold all rows of a tile, or 64 where these are
+    no power of two."""
+    if GROUPS == 3:
+        return x_bufs.index(at * GROUPS + WG)
+    else:
+        return x_bufs.index(at).slice(WG * 64, 64)
+
+
+@gluon.jit
 def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
            GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
     """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
-    x = x_bufs.index((stage * STEP + j) * GROUPS + WG)
+    x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
     w = w_bufs.index(stage * STEP + j).permute((1, 0))
     partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
@@ -63,46 +73,6 @@ def _blocks_overlapped(
 
 
 @gluon.jit
-def _blocks_in_turn(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """The same with one set of partial products, for three warpgroups: each promotes while the other two multiply."""
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    acc = accs[0]
-    partial = gl.zeros(acc.shape, gl.float32, layout=mma)
-    for u in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        for j in gl.static_range(STEP):
-            busy, scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, partial, j, WG, GROUPS, STEP,
-                                 rows)  # fmt: skip
-            partial = warpgroup_mma_wait(0, deps=(busy,))
-            if j == STEP - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
-            acc = promote_rows(acc, partial, scale)
-        stage, phase = advance(stage, phase, STAGES)
-    return (acc,), stage, phase
-
-
-@gluon.jit
-def zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
-    """A tuple of empty accumulators."""
-    out = ()
-    for _ in gl.static_range(COUNT):
-        out = out + (gl.zeros((64, COLS), gl.float32, layout=mma),)
-    return out
-
-
-@gluon.jit
-def plus(accs, part):
-    """Add one program's partial tile, pieces one after another in the workspace."""
-    out = ()
-    for p in gl.static_range(len(accs)):
-        out = out + (accs[p] + gl.load(part + p * (64 * accs[p].shape[1]), cache_modifier=".cg"),)
-    return out
-
-
-@gluon.jit
 def _put(items, at: gl.constexpr, item):
     """The tuple `items` with another item at `at`."""
     out = ()
@@ -115,67 +85,142 @@ def _put(items, at: gl.constexpr, item):
 
 
 @gluon.jit
-def _blocks_from_registers(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """U k-blocks of a tile of several 64-wide pieces, x from registers: read once from shared memory for all pieces.
+def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
+    """The row of weight scales, counted from the tile's first, of piece p. start: the tile's first column, mod 128."""
+    if P == 128:
+        return p
+    else:
+        return (start + p * P) // 128
 
-    odd: the tile starts in the middle of a 128-wide scale block.
-    """
+
+@gluon.jit
+def _blocks_rotating(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """U steps of a tile of several pieces, each with partial products of its own: while one piece is promoted the
+    others multiply. Tiles need not be a power of two wide."""
     PIECES: gl.constexpr = len(accs)
+    P: gl.constexpr = accs[0].shape[1]
+    COUNT: gl.constexpr = U * STEP
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
-    spare = gl.zeros((64, 64), gl.float32, layout=mma)
+    partials = zeros(PIECES, P, mma)
+    scales = zeros_like_rows(PIECES, rows)
     held = stage
-    busy = spare
-    scale = gl.zeros((64,), gl.float32, layout=rows)
-    for j in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
-        x = x_bufs.index(stage * GROUPS + WG).load(operand)
+    for i in gl.static_range(COUNT + 1):
+        if i % STEP == 0 and i < COUNT:
+            mbarrier.wait(full.index(stage), phase)
+        if i < COUNT:
+            x = x_rows(x_bufs, stage * STEP + i % STEP, WG, GROUPS)
         for p in gl.static_range(PIECES):
-            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
-            started = warpgroup_mma(x, w, spare, use_acc=False, is_async=True)
-            if p == 0:
-                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
-                scale_lo = x_scale * weight_scale(ws_boxes, stage * 2, at + j, 0, rows)
-                scale_hi = x_scale * weight_scale(ws_boxes, stage * 2 + 1, at + ws_ld + j, 0, rows)
-            if p == 0:
-                if j > 0:
-                    spare = warpgroup_mma_wait(1, deps=(busy,))
+            if i > 0:
+                # in flight: the later pieces of the k-block before, the earlier ones of this
+                if i < COUNT:
+                    done = warpgroup_mma_wait(PIECES - 1, deps=(partials[p],))
+                else:
+                    done = warpgroup_mma_wait(PIECES - 1 - p, deps=(partials[p],))
+                if p == PIECES - 1 and i % STEP == 0:
                     mbarrier.arrive(empty.index(held), count=1)
-                    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
+                accs = _put(accs, p, promote_rows(accs[p], done, scales[p]))
             else:
-                spare = warpgroup_mma_wait(1, deps=(busy,))
-                accs = _put(accs, p - 1, promote_rows(accs[p - 1], spare, scale))
-            busy = started
-            # the tile's columns cross into the second scale block after 128 of them, 64 when it starts at an odd 64
-            if p == 0:
-                scale = scale_lo
-            elif p == 1:
-                scale = gl.where(odd, scale_hi, scale_lo)
-            else:
-                scale = scale_hi
-        held = stage
-        stage, phase = advance(stage, phase, STAGES)
-    spare = warpgroup_mma_wait(0, deps=(busy,))
-    mbarrier.arrive(empty.index(held), count=1)
-    accs = _put(accs, PIECES - 1, promote_rows(accs[PIECES - 1], spare, scale))
+                done = partials[p]
+            if i < COUNT:
+                w = w_bufs.index((stage * STEP + i % STEP) * PIECES + p).permute((1, 0))
+                partials = _put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
+                if p == 0:
+                    x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
+                r = _scale_row(start, p, P)
+                scale = x_scale * weight_scale(
+                    ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
+                )
+                scales = _put(scales, p, scale)
+        if i < COUNT and i % STEP == STEP - 1:
+            held = stage
+            stage, phase = advance(stage, phase, STAGES)
     return accs, stage, phase
 
 
 @gluon.jit
-def multiply_steps(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, odd, WG: gl.constexpr,
+def _blocks_in_turn(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """U steps of a tile, by the way that its shape asks for. at: flat index of the first weight scale."""
-    if len(accs) > 1:
-        return _blocks_from_registers(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                      odd, WG, GROUPS, U, STAGES, mma)  # fmt: skip
-    elif GROUPS == 3:
-        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS, STEP,
-                               U, STAGES, mma)  # fmt: skip
-    else:
+    """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
+
+    The registers saved make room for twice the columns.
+    """
+    PIECES: gl.constexpr = len(accs)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
+    for u in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        for j in gl.static_range(STEP):
+            x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+            for p in gl.static_range(PIECES):
+                w = w_bufs.index((stage * STEP + j) * PIECES + p).permute((1, 0))
+                busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+                if p == 0:
+                    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
+                r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
+                slot = stage * (2 if PIECES > 1 else 1) + r
+                scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
+                partial = warpgroup_mma_wait(0, deps=(busy,))
+                if j == STEP - 1 and p == PIECES - 1:
+                    mbarrier.arrive(empty.index(stage), count=1)
+                accs = _put(accs, p, promote_rows(accs[p], partial, scale))
+        stage, phase = advance(stage, phase, STAGES)
+    return accs, stage, phase
+
+
+@gluon.jit
+def zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """A tuple of empty accumulators."""
+    out = ()
+    for _ in gl.static_range(COUNT):
+        out = out + (gl.zeros((64, COLS), gl.float32, layout=mma),)
+    return out
+
+
+@gluon.jit
+def zeros_like_rows(COUNT: gl.constexpr, rows: gl.constexpr):
+    """A tuple of row vectors."""
+    out = ()
+    for _ in gl.static_range(COUNT):
+        out = out + (gl.zeros((64,), gl.float32, layout=rows),)
+    return out
+
+
+@gluon.jit
+def plus(accs, others):
+    """Sum of two tuples, piece by piece."""
+    out = ()
+    for p in gl.static_range(len(accs)):
+        out = out + (accs[p] + others[p],)
+    return out
+
+
+@gluon.jit
+def plus_stored(accs, part):
+    """Add one program's partial tile, pieces one after another in the workspace."""
+    out = ()
+    for p in gl.static_range(len(accs)):
+        out = out + (accs[p] + gl.load(part + p * (64 * accs[p].shape[1]), cache_modifier=".cg"),)
+    return out
+
+
+@gluon.jit
+def multiply_steps(
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
+    mma: gl.constexpr,
+):  # fmt: skip
+    """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale."""
+    if WAY == "o" and len(accs) == 1:
         return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
                                   STEP, U, STAGES, mma)  # fmt: skip
+    elif WAY == "o":
+        return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
+                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
+    else:
+        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
+                               WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip

@@ -1,0 +1,161 @@
+"""Configurations that are worth a thought for a shape, and what a model expects of each. Pure.
+
+The model: waves of tiles, each as long as its slowest part, multiplying or reading memory; constants from one H100 and
+one H200 (bench/results/hopper-notes.md). It ranks; only a measurement decides (`blockscale tune`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .config import Config, Swap, Wide, ceil_div, wide_grid
+
+MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they stand
+READ_US = 1 / 2.8e6
+"""Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
+LAUNCH_US = 3.0
+TILE_US = 0.35  # the epilogue of a tile, and TILE_128_US for each 128 columns of it
+TILE_128_US = 0.15
+BLOCK_US = {
+    1: {32: 0.11, 64: 0.15, 96: 0.22, 128: 0.22, 160: 0.36, 192: 0.40},
+    2: {32: 0.17, 64: 0.225, 96: 0.36, 128: 0.365, 192: 0.54, 256: 0.67},
+    3: {128: 0.50},
+}
+"""Microseconds of one k-block of a tile, by warpgroups and columns."""
+SWAP_BLOCK_US = 0.22
+THROTTLE = 1.08  # the same when all SMs multiply for long: the chip lowers its clock
+CUT_US = 2.0  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
+CUT_64_US = 0.5
+OUT_OF_STEP = 1.08  # cut tiles after whole waves: programs drift apart, and L2 serves fewer of them at once
+PARTLY_READ = 1.02
+PARTLY_FILLED = 1.8  # a k-block of a tile with fewer rows than it has room for: TMA fills the rest with zeros
+SWAP_CUT_US = {8: 0.6, 16: 0.7, 32: 1.2}
+SWAP_READ = {8: 1.0, 16: 1.0, 32: 1.04}  # times READ_US: tokens and weights share the way into an SM
+
+
+def _unroll(blocks: int, most: int, step: int) -> int:
+    """The largest unroll that divides K's blocks: what is left over runs with the tensor cores running dry."""
+    return max(u for u in range(step, max(most, step) + 1, step) if blocks % u == 0 or u == step)
+
+
+def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int) -> float:
+    """Predicted microseconds of a wide launch."""
+    grid = wide_grid(config, m, n, k, sm_count)
+    blocks, tiles, places = ceil_div(k, 128), config.tiles(m, n), sm_count * config.per_sm
+    read = (n * k + m * k + 2 * m * n) * READ_US / tiles  # a tile's share
+    block = BLOCK_US[config.groups][config.bn] * config.per_sm
+    if grid.full_waves > 1 and m >= 1024:
+        block *= THROTTLE
+    if m <= 48 * config.groups:
+        block *= PARTLY_FILLED
+        read *= PARTLY_READ
+    tile = TILE_US + TILE_128_US * config.bn / 128
+    total = LAUNCH_US
+    left = tiles
+    for _ in range(min(grid.full_waves, ceil_div(tiles, places))):
+        wave = min(left, places)
+        total += max(blocks * block, wave * read) + tile
+        left -= wave
+    if grid.cut_tiles:
+        part = blocks * left / grid.dealt
+        fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * ceil_div(grid.dealt, left)
+        total += max(part * block, left * read) + tile + fixup
+        total *= OUT_OF_STEP if grid.full_waves else 1
+    return total
+
+
+def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
+    """Predicted microseconds of a swapped launch."""
+    blocks, tiles = ceil_div(k, 128), config.tiles(m, n)
+    programs = config.programs(m, n, k, sm_count)
+    waves = ceil_div(programs, sm_count * config.per_sm)
+    steps = blocks / config.split if config.split else blocks * tiles / programs
+    block = SWAP_BLOCK_US * config.per_sm * (1 if config.step > 1 else 1.1)
+    fixup = 0.0 if config.split == 1 else SWAP_CUT_US[config.tokens] * (1 if config.split else 0.5)
+    read = (n * k + m * k) * READ_US * SWAP_READ[config.tokens] * (1.06 if config.per_sm > 1 else 1)
+    return LAUNCH_US + max(waves * steps * block, read) + fixup + (0.3 if config.step > 1 else 0.6)
+
+
+def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float:
+    """Predicted microseconds of a launch."""
+    return (wide_us if isinstance(config, Wide) else swap_us)(config, m, n, k, sm_count)  # type: ignore[operator]
+
+
+def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
+    blocks = ceil_div(k, 128)
+    two = 2 if blocks % 2 == 0 else 1
+    if m <= 128:
+        for bn in (32, 64, 96, 128) if m > 32 else (64, 96, 128):
+            unroll = _unroll(blocks, 4 if bn == 96 else 8, two)
+            for parts in (1, 2, 3):
+                yield Wide(bn, unroll, parts, 1, two)
+                if bn == 64 and two == 2:
+                    yield Wide(bn, _unroll(blocks, 8, 1), parts, 1, 1)
+        for bn in (160, 192):
+            yield Wide(bn, _unroll(blocks, 4, two), 1, 1, two)
+        if k <= 1024:
+            yield Wide(64, _unroll(blocks, 8, two), 1, 1, two, per_sm=2)
+    if m > 64:
+        for bn in (32, 64):
+            for parts in (1, 2, 3) if m <= 512 else ():
+                yield Wide(bn, _unroll(blocks, 8, two), parts, 2, two)
+        if m <= 1024:
+            yield Wide(64, _unroll(blocks, 8, 1), 1, 2, 1)
+        for parts in (1, 2, 3) if m <= 512 else (1,):
+            yield Wide(128, _unroll(blocks, 8, 1), parts, 2, 1, staging=128)
+        yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=192)
+        yield Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t")
+    if 128 < m <= 1024:
+        yield Wide(128, _unroll(blocks, 8, two), 1, 1, two)
+    if 64 < m <= 256:
+        yield Wide(96, _unroll(blocks, 4, 1), 1, 2, 1)
+
+
+def _swapped(m: int, n: int, k: int, sm_count: int) -> Iterator[Swap]:
+    tokens = max(8, 1 << (m - 1).bit_length())
+    blocks = ceil_div(k, 128)
+    two = 2 if blocks % 2 == 0 else 1
+    tiles = Swap(tokens).tiles(m, n)
+    for split in range(1, 5):
+        if blocks < 4 * split and split > 1:
+            continue
+        per_sm = ceil_div(tiles * split, sm_count)
+        if per_sm <= (3 if k > 1024 else 4) and (split == 1 or tiles * split <= 1.6 * sm_count):
+            for step in sorted({1, two}):
+                yield Swap(tokens, 1, split, per_sm, step)
+    if tiles > sm_count and blocks >= 32:
+        yield Swap(tokens, 1, 0, 1, two)
+
+
+def ranked(m: int, n: int, k: int, sm_count: int) -> list[Config]:
+    """All of them, the one with the least predicted time first."""
+    found: list[Config] = []
+    grids = set()
+    for config in _wide(m, n, k, sm_count):
+        grid = wide_grid(config, m, n, k, sm_count)
+        kind = (replace(config, parts=1), grid)
+        if kind not in grids and (config.parts == 1 or grid.cut_tiles):
+            grids.add(kind)
+            found.append(config)
+    if m <= MOST_SWAPPED:
+        found += _swapped(m, n, k, sm_count)
+    return sorted(found, key=lambda c: (predicted_us(c, m, n, k, sm_count), str(c)))
+
+
+def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Config]:
+    """What tuning measures: the best few by the model, and other ways to start or to walk through the best of them."""
+    best = ranked(m, n, k, sm_count)[:count]
+    blocks = ceil_div(k, 128)
+    more: list[Config] = []
+    for config in best[:2] if m > 64 else []:
+        assert isinstance(config, Wide)
+        more += [replace(config, pdl=False), replace(config, early=False)]
+    if m >= 1024:  # many waves: how a tile is walked counts more than how it starts
+        more += [
+            Wide(256, _unroll(blocks, 8, 1), 1, 2, 1, "t", pdl=False),
+            Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, "t", staging=128, pdl=False),
+        ]
+        if k <= 1024 or n <= 2304:
+            more.append(Wide(128, _unroll(blocks, 4, 1), 1, 3, 1, "t", staging=128, pdl=False))
+    return list(dict.fromkeys([*best, *more]))
