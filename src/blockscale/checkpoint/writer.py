@@ -17,15 +17,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .checksum import Checksum
-from .files import byte_view, read_bytes
+from .files import ByteReader, byte_view
 from .header import DTYPES, read_header
 
 PARTIAL = ".partial"
 _METADATA = {"format": "pt"}
+_PIECE = 1 << 20
+"""Bytes read at a time when a shard's checksums are made again."""
+_SMALL = 1 << 16
+"""Bytes. Scales come in pieces of a few bytes for each slab: they are written together."""
+
+
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""Of dtypes in a file, as safetensors 0.8 writes it."""
+_RANK = {code: i for i, code in enumerate(_ORDER)}
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,13 @@ class Spec:
 class ShardWriter:
     """Writes the tensors of one shard; a context manager. Leaving it by an exception leaves only `<name>.partial`.
 
-    Tensors are ordered by element size, largest first, so that every one is aligned; the bytes depend on the specs
-    alone, never on the order in which pieces arrive.
+    Tensors lie in the order of the safetensors library, by dtype and name, so every one is aligned and the file is
+    the one that `save_file` would write. The bytes depend on the specs alone, not on the order in which pieces arrive.
     """
 
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         self.path = path
-        ordered = sorted(specs, key=lambda s: -DTYPES[s.dtype].itemsize)
+        ordered = sorted(specs, key=lambda s: (_RANK[s.dtype], s.name.encode()))
         entries: dict[str, Any] = {"__metadata__": _METADATA}
         offset = 0
         for spec in ordered:
@@ -65,6 +78,7 @@ class ShardWriter:
         self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
         self._left = {s.name: s.nbytes for s in ordered}
         self._sums = {s.name: Checksum() for s in ordered}
+        self._waiting: dict[str, list[Tensor]] = {}
         self.size = len(self._head) + offset
         self._fd = -1
 
@@ -80,14 +94,24 @@ class ShardWriter:
         return self.path.with_name(f"{self.path.name}.{os.getpid()}{PARTIAL}")
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Append the bytes of `piece` (any dtype, contiguous) to the tensor `name`."""
-        data = byte_view(piece.contiguous())
-        if len(data) > self._left[name]:
-            raise CheckpointError(f"{self.path}: {name}: {len(data)} bytes for the last {self._left[name]}")
-        _pwrite(self._fd, data, self._at[name])
-        self._sums[name].update(piece)
-        self._at[name] += len(data)
-        self._left[name] -= len(data)
+        """Append the bytes of `piece` (any dtype) to the tensor `name`. Small pieces are gathered first."""
+        flat = piece.contiguous().reshape(-1).view(torch.uint8)
+        if flat.numel() > self._left[name]:
+            raise CheckpointError(f"{self.path}: {name}: {flat.numel()} bytes for the last {self._left[name]}")
+        self._left[name] -= flat.numel()
+        waiting = self._waiting.setdefault(name, [])
+        if flat.numel() >= _SMALL and not waiting:
+            self._append(name, flat)
+            return
+        waiting.append(flat.clone())  # its memory may be the reader's buffer
+        if self._left[name] == 0 or sum(p.numel() for p in waiting) >= _SMALL:
+            self._append(name, torch.cat(waiting))
+            waiting.clear()
+
+    def _append(self, name: str, flat: Tensor) -> None:
+        _pwrite(self._fd, byte_view(flat), self._at[name])
+        self._sums[name].update(flat)
+        self._at[name] += flat.numel()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
@@ -122,8 +146,9 @@ def shard_checksums(path: Path) -> dict[str, str]:
     found = {"": hashlib.sha256(head).hexdigest()}
     for info in tensors:
         total = Checksum()
-        for begin in range(0, info.nbytes, 1 << 24):
-            total.update(read_bytes(info, begin, min(begin + (1 << 24), info.nbytes)))
+        with ByteReader(info) as reader:
+            for begin in range(0, info.nbytes, _PIECE):
+                total.update(reader.read(begin, min(begin + _PIECE, info.nbytes)))
         found[info.name] = total.hexdigest()
     return found
 
