@@ -10,7 +10,7 @@ import html
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,23 @@ def write_report(folder: Path, what: str, records: Sequence[Mapping[str, Any]]) 
     """Both files, from the records of a job's steps. what: e.g. the format, for the title."""
     hidden = ("step", "checksum")
     tensors = [{k: v for k, v in r.items() if k not in hidden} for r in records if "relative_error" in r]
-    ordered = sorted(tensors, key=lambda t: -float(t["relative_error"]))
-    count = max(1, len(tensors))
-    summary = {
-        "what": what,
-        "tensors": len(tensors),
-        "copied": sum(r["step"] == "copy" for r in records),
-        "mean_relative_error": sum(float(t["relative_error"]) for t in tensors) / count,
-        "max_relative_error": float(ordered[0]["relative_error"]) if ordered else 0.0,
-        "worst": [t["name"] for t in ordered[:10]],
-    }
+    copied = sum(r["step"] == "copy" for r in records)
+    summary = {"what": what, "tensors": len(tensors), "copied": copied, **error_summary(records)}
     write_json(folder / REPORT, {"summary": summary, "tensors": tensors})
     write_text(folder / PAGE, page(what, summary, tensors))
+
+
+def error_summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """{measured: weights, mean_relative_error, max_relative_error, worst: up to ten names, the worst first}."""
+    found = sorted(
+        ((float(r["relative_error"]), str(r["name"])) for r in records if "relative_error" in r), reverse=True
+    )
+    return {
+        "measured": len(found),
+        "mean_relative_error": sum(error for error, _ in found) / max(1, len(found)),
+        "max_relative_error": found[0][0] if found else 0.0,
+        "worst": [name for _, name in found[:10]],
+    }
 
 
 def page(what: str, summary: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> str:

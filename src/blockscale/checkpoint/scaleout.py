@@ -23,7 +23,9 @@ import torch
 
 from ..errors import BlockscaleError, CheckpointError
 from .errors import DestinationError, InexactError, NotFiniteError
-from .job import Job, Listener, Result, Shard, already_done, conclude, prepared, run_job, run_shards
+from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards, tell_start
+from .report import error_summary
+from .shards import Shard
 
 Planner = Callable[[Path, Path, Any], Job]
 """(source, destination, options) -> Job; a module-level function, the same in every process."""
@@ -36,21 +38,29 @@ _KINDS: Mapping[str, type[Exception]] = {
 def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int, listen: Listener) -> Result:
     """Plan and run a job: under torchrun with its ranks, otherwise with `workers` processes.
 
-    Raises what the job raises, from whichever process.
+    The last event is {"event": "done", path, existed, shards, kept, tensors, and of what was measured: measured,
+    mean_relative_error, max_relative_error, worst}. Raises what the job raises, from whichever process.
     """
     if workers < 1:
         raise BlockscaleError(f"workers: needs at least 1, got {workers}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _run_rank(planner(src, dst, options), listen)
     job = planner(src, dst, options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _run_rank(job, listen)
     workers = min(workers, len(job.shards))
     if workers == 1:
-        return run_job(job, listen)
-    if finished := already_done(job):
-        return finished
-    with prepared(job):
-        kept = _run_workers(job, planner, options, workers, listen)
-        return conclude(job, kept, listen)
+        result = run_job(job, listen)
+    elif finished := already_done(job):
+        result = finished
+    else:
+        with prepared(job):
+            result = conclude(job, _run_workers(job, planner, options, workers, listen))
+    _tell_done(result, listen)
+    return result
+
+
+def _tell_done(result: Result, listen: Listener) -> None:
+    said = {"path": str(result.path), "existed": result.existed, "shards": result.shards, "kept": result.kept}
+    listen({"event": "done", **said, "tensors": len(result.records), **error_summary(result.records)})
 
 
 def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:
@@ -69,7 +79,7 @@ def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:
 
 def _run_workers(job: Job, planner: Planner, options: Any, workers: int, listen: Listener) -> int:
     """This process works too: it has torch imported already, and the others take seconds to start."""
-    listen({"event": "start", "shards": len(job.shards), "bytes": sum(s.nbytes_in for s in job.shards)})
+    tell_start(job.shards, listen)
     threads = torch.get_num_threads()
     team = _Team(job, planner, options, workers - 1, max(1, threads // workers), listen)
     try:
@@ -232,11 +242,13 @@ def _run_rank(job: Job, listen: Listener) -> Result:
                     pass
             if finished is not None:
                 dist.barrier()
+                if rank == 0:
+                    _tell_done(finished, listen)
                 return finished
             share = divide([s.nbytes_in for s in job.shards], size)[rank]
             mine = [job.shards[i] for i in share]
             hear = listen if rank == 0 else lambda event: None
-            hear({"event": "start", "shards": len(mine), "bytes": sum(s.nbytes_in for s in mine)})
+            tell_start(mine, hear)
             with _agreed("write"):
                 kept = run_shards(job, mine, hear)
             total = torch.tensor([kept])
@@ -244,7 +256,8 @@ def _run_rank(job: Job, listen: Listener) -> Result:
             result: Result | None = None
             with _agreed("conclude"):
                 if rank == 0:
-                    result = conclude(job, int(total), listen)
+                    result = conclude(job, int(total))
+                    _tell_done(result, listen)
             return result or Result(job.dst, False, int(total), len(job.shards), ())
     finally:
         if ours:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,15 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A small file, atomically and durably."""
+    temporary = target.with_name(target.name + PARTIAL)
+    shutil.copyfile(source, temporary)
+    with temporary.open("rb") as f:
+        os.fsync(f.fileno())
+    temporary.replace(target)
 
 
 def sync_folder(path: Path) -> None:

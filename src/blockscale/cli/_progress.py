@@ -11,21 +11,30 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ..checkpoint.job import Event, Listener
+from ..errors import BlockscaleError
 
 
 @contextmanager
 def listening(as_json: bool) -> Iterator[Listener]:
-    """A listener for `run_job`. The bar goes to stderr, JSON lines to stdout; "advance" events only move the bar."""
+    """A listener for a job. The bar goes to stderr, JSON lines to stdout; "advance" events only move the bar.
+
+    With JSON, a run that fails ends with a line {"event": "error", "message": …}, besides the one on stderr.
+    """
     if not first_rank():
         yield lambda event: None
         return
     if as_json:
-        yield _print_event
+        try:
+            yield _print_event
+        except (BlockscaleError, OSError) as e:
+            _print_event({"event": "error", "message": str(e)})
+            raise
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None)
 
         def show(event: Event) -> None:
