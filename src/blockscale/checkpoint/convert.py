@@ -204,8 +204,7 @@ def _config(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[s
     packed = [e for e in kinds.values() if e.format.packed]
     if len(kinds) == 1:
         only = next(iter(kinds.values()))
-        expert = "fp4" if only.style.name == "deepseek_v4" and only.format.packed else None
-        return with_quantization(old, describe(only.format, only.style.name, skip), expert_dtype=expert)
+        return with_quantization(old, describe(only.format, only.style.name, skip))
     if len(dense) == 1 and dense[0].style.name.startswith("deepseek") and len(packed) <= 2:
         said = describe(dense[0].format, dense[0].style.name, skip)
         return with_quantization(old, said, expert_dtype="fp4" if packed else None)
