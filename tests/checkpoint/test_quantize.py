@@ -353,18 +353,21 @@ def test_a_truncated_shard_names_itself(llama, tmp_path):
         quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
 
 
-def test_deepseeks_rule_for_ragged_weights(tmp_path):
-    """Zero-pad to whole blocks, quantize, crop: spelled out here without any code of ours."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(576, 200), (192, 576), (256, 128), (129, 257), (1, 1), (127, 640)])
+def test_deepseeks_rule_for_ragged_weights(tmp_path, shape, dtype):
+    """Zero-pad to whole blocks, quantize, crop (s = amax / 448, q = w / s): spelled out without any code of ours."""
     src = tmp_path / "src"
     src.mkdir()
-    w = torch.randn(576, 200, generator=torch.Generator().manual_seed(4))
+    w = torch.randn(shape).to(dtype)
     save_file({"kv_a_proj_with_mqa.weight": w}, src / "model.safetensors")
     quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
-    padded = torch.zeros(640, 256)
-    padded[:576, :200] = w
-    blocks = padded.view(5, 128, 2, 128)
+    (n, k), (tall, wide) = shape, (-(-size // 128) for size in shape)
+    padded = torch.zeros(tall * 128, wide * 128)
+    padded[:n, :k] = w
+    blocks = padded.view(tall, 128, wide, 128)
     scale = blocks.abs().amax((1, 3)) / 448.0
-    data = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(640, 256)[:576, :200]
+    data = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(tall * 128, wide * 128)[:n, :k]
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found["kv_a_proj_with_mqa.weight"].view(torch.uint8), data.contiguous().view(torch.uint8))
     assert torch.equal(found["kv_a_proj_with_mqa.weight_scale_inv"], scale)

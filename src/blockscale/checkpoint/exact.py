@@ -86,7 +86,7 @@ def _scales_to_try(q: BlockScaled, fmt: Format) -> Iterator[Tensor]:
     yield _scale_per_block(q, fmt)
 
 
-def _scale_per_block(q: BlockScaled, fmt: Format) -> Tensor | None:
+def _scale_per_block(q: BlockScaled, fmt: Format) -> Tensor:
     """One scale for each new block that its values may be exact multiples in: fp32 `[..., grid rows, grid cols]`.
 
     Inside one old block that is the old scale. A block that joins several takes their largest, lowered by a power of
