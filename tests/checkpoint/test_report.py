@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blockscale import get_format, reference
-from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
+from blockscale.checkpoint import convert_checkpoint, open_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.encode import make_encoding
 from blockscale.checkpoint.names import Parts
 from blockscale.checkpoint.reader import StoredLayer
@@ -43,11 +44,37 @@ def test_the_page_stands_alone(llama, tmp_path):
 
 def test_names_are_escaped():
     row = {"name": "layers.0.<b>", "shape": [1, 1], "relative_error": 0.1, "sqnr_db": 20.0, "scales": {"0": 1}}
-    assert "<b>" not in page("x", {"tensors": 1, "copied": 0, "mean_relative_error": 0, "max_relative_error": 0}, [row])
+    summary = {"tensors": 1, "copied": 0, "mean_relative_error": 0.1, "max_relative_error": 0.1}
+    text = page("x", summary, [row])
+    assert "<b>" not in text
+    assert "&lt;b&gt;" in text
+
+
+def test_an_exact_conversion_says_so(models, tmp_path):
+    """No error plot and no worst ten where nothing changed."""
+    convert_checkpoint(models("v31"), tmp_path / "out", scale_dtype="e8m0")
+    text = (tmp_path / "out" / "quantization_report.html").read_text()
+    assert "<title>Quantization report: convert e8m0</title>" in text
+    assert "No value changed." in text
+    assert (text.count("<svg"), "worst</h2>" in text) == (1, False)
+
+
+def test_the_page_says_how_much_was_measured(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    save_file({"layers.0.up_proj.weight": torch.randn(2048, 2048).bfloat16()}, src / "model.safetensors")
+    quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    measured = report["tensors"][0]["measured"]
+    assert measured == 2**18
+    assert "measured on 6.2% of the elements" in (tmp_path / "out" / "quantization_report.html").read_text()
 
 
 def test_plots_of_odd_data():
     assert dots({"a": [(0.0, 0.0)]}, "x", "y").startswith("<svg")
+    assert (
+        dots({f"s{i}": [(0.0, 1.0)] for i in range(12)}, "x", "y").count("<rect") == 4
+    )  # two series, two legend entries
     assert dots({"a": [(3.0, 0.1)], "b": [(-1.0, 0.2)]}, "x", "y").count("<circle") == 4
     assert bars({}, "x", "y") == "<p>none</p>"
     assert bars({-3: 5, 2: 1}, "x", "y").count("<rect") == 6

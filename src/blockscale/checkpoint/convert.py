@@ -227,6 +227,13 @@ def _job(
     config: Mapping[str, Any] | None,
 ) -> Job:
     """config: None leaves all config files as they are."""
+    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+    words = (
+        (options.dtype,)
+        if isinstance(options, DequantizeOptions)
+        else (options.format, options.style, options.scale_dtype)
+    )
+    title = " ".join((tool, *(word for word in words if word)))
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     small = small_files(folder) if folder else []
     replaced = (REPORT, PAGE) if config is None else (REPORT, PAGE, "config.json", MODELOPT_FILE)
@@ -237,9 +244,8 @@ def _job(
                 copy_file(path, work / path.name)
         if config is not None:
             write_json(work / "config.json", config)
-        write_report(work, tool, records)
+        write_report(work, title, records)
 
-    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
     files = (*dict.fromkeys(info.file for info in checkpoint.tensors.values()), *small)
     return Job(
         tool,
