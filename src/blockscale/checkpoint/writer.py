@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,7 @@ class Spec:
 
 
 class ShardWriter:
-    """Writes the tensors of one shard; a context manager. Leaving it by an exception leaves only `<name>.partial`.
+    """Writes the tensors of a shard; a context manager. Leaving it by an exception leaves nothing; a kill, `*.partial`.
 
     Tensors lie in the order of the safetensors library, by dtype and name, so every one is aligned and the file is
     the one that `save_file` would write. The bytes depend on the specs alone, not on the order in which pieces arrive.
@@ -86,8 +86,13 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         """Raises OSError when the disk has no room for the whole shard."""
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
-        _pwrite(self._fd, self._head, 0)
+        try:
+            with naming(self.path):
+                os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
+                _pwrite(self._fd, self._head, 0)
+        except BaseException:
+            self._abandon()
+            raise
         return self
 
     @property
@@ -110,25 +115,46 @@ class ShardWriter:
             waiting.clear()
 
     def _append(self, name: str, flat: Tensor) -> None:
-        _pwrite(self._fd, byte_view(flat), self._at[name])
+        with naming(self.path):
+            _pwrite(self._fd, byte_view(flat), self._at[name])
         self._sums[name].update(flat)
         self._at[name] += flat.numel()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._abandon()
+            return
         try:
-            if kind is None:
-                if missing := [name for name, left in self._left.items() if left]:
-                    raise CheckpointError(f"{self.path}: {missing[0]}: {self._left[missing[0]]} bytes were not written")
+            if missing := [name for name, left in self._left.items() if left]:
+                raise CheckpointError(f"{self.path}: {missing[0]}: {self._left[missing[0]]} bytes were not written")
+            with naming(self.path):
                 os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
-        if kind is None:
-            self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
+        except BaseException:
+            self._abandon()
+            raise
+        os.close(self._fd)
+        self._temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def _abandon(self) -> None:
+        """Give the room back: a full disk may be why."""
+        os.close(self._fd)
+        self._temporary.unlink(missing_ok=True)
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor's bytes, and of the header under "" """
         return {"": hashlib.sha256(self._head).hexdigest()} | {n: s.hexdigest() for n, s in self._sums.items()}
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Calls on a file descriptor fail without a file name ("No space left on device"): say which file it was."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
 
 
 def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -161,7 +187,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("w", encoding="utf-8") as f:
+    with naming(path), temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -172,9 +198,10 @@ def write_text(path: Path, text: str) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """A small file, atomically and durably."""
     temporary = target.with_name(target.name + PARTIAL)
-    shutil.copyfile(source, temporary)
-    with temporary.open("rb") as f:
-        os.fsync(f.fileno())
+    with naming(target):
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
     temporary.replace(target)
 
 

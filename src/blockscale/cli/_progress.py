@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,16 +21,27 @@ def listening(as_json: bool) -> Iterator[Listener]:
 
     With JSON, a run that fails ends with a line {"event": "error", "message": …}, besides the one on stderr.
     """
-    if not first_rank():
-        yield lambda event: None
-        return
-    if as_json:
-        try:
+    try:
+        if not first_rank():
+            yield lambda event: None
+        elif as_json:
             yield _print_event
-        except (BlockscaleError, OSError) as e:
+        else:
+            with _bar() as show:
+                yield show
+    except (BlockscaleError, OSError) as e:
+        if as_json and first_rank():
             _print_event({"event": "error", "message": str(e)})
-            raise
-        return
+        raise
+    except KeyboardInterrupt:
+        if first_rank():
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _bar() -> Iterator[Listener]:
+    """Only on a terminal: a log file wants no bars."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
