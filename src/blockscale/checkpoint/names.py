@@ -9,7 +9,8 @@ Elsewhere `scale` multiplies and nothing else. On disk there are many words for 
 | modelopt           | weight                  | weight_scale     | weight_scale_2      | input_scale        |
 | compressed_tensors | weight or weight_packed | weight_scale     | weight_global_scale | input_global_scale |
 
-compressed-tensors' two global scales are stored as 1 / value.
+compressed-tensors' two global scales are stored as 1 / value. Both belong to NVFP4; static FP8 has a plain
+`input_scale` in every style.
 
 `weight_scale_inv` multiplies in spite of its name (DeepSeek-V3's `weight_dequant`). Stacked experts, which
 transformers stores as one tensor `experts.gate_up_proj [E, N, K]`, put the suffix on the tensor's own name.
@@ -62,20 +63,22 @@ class Style:
 
         stacked: several experts in one tensor, which is itself called `module`.
         """
+        inverse = self.inverse and two_level
+        given = self.input_scale if two_level else "input_scale"
         if stacked:
             return Parts(
                 data=module,
                 scale=f"{module}_{self.scale.removeprefix('weight_')}",
                 global_scale=f"{module}_{self.global_scale.removeprefix('weight_')}" if two_level else None,
-                input_scale=f"{module}_{self.input_scale}" if static else None,
-                inverse=self.inverse,
+                input_scale=f"{module}_{given}" if static else None,
+                inverse=inverse,
             )
         return Parts(
             data=f"{module}.{self.packed_data if packed else self.data}",
             scale=f"{module}.{self.scale}",
             global_scale=f"{module}.{self.global_scale}" if two_level else None,
-            input_scale=f"{module}.{self.input_scale}" if static else None,
-            inverse=self.inverse,
+            input_scale=f"{module}.{given}" if static else None,
+            inverse=inverse,
         )
 
 
