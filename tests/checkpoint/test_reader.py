@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockscale.checkpoint import open_checkpoint
+from blockscale import get_format, reference
+from blockscale.checkpoint import convert_checkpoint, dequantize_checkpoint, open_checkpoint
 from blockscale.checkpoint.config import parse_config
 from blockscale.errors import CheckpointError
 
@@ -355,3 +356,41 @@ def test_mixed_modelopt_layers():
     config = parse_config(raw, "x")
     assert [f.name for f in config.formats("a.q_proj")] == ["nvfp4"]
     assert [f.name for f in config.formats("b")] == ["fp8_tensor"]
+
+
+def gpt_oss(path):
+    """Two experts' MXFP4 as gpt-oss stores it: `[E, N, K / 32, 16]` bytes and `[E, N, K / 32]` E8M0 bytes."""
+    path.mkdir()
+    q = reference.quantize(torch.randn(2, 48, 96), get_format("mxfp4"))
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": q.data.reshape(2, 48, 3, 16),
+        "model.layers.0.mlp.experts.gate_up_proj_scales": q.scale.view(torch.uint8),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": torch.randn(2, 48).bfloat16(),
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return q
+
+
+def test_gpt_oss_blocks(tmp_path):
+    q = gpt_oss(tmp_path / "src")
+    checkpoint = open_checkpoint(tmp_path / "src")
+    (layer,) = checkpoint.layers
+    assert layer.name == "model.layers.0.mlp.experts.gate_up_proj"
+    assert (layer.format.name, layer.shape) == ("mxfp4", (2, 48, 96))
+    loaded = checkpoint.load(layer.name)
+    assert torch.equal(reference.dequantize(loaded), reference.dequantize(q))
+    convert_checkpoint(tmp_path / "src", tmp_path / "there", style="compressed_tensors")
+    assert open_checkpoint(tmp_path / "there").layers[0].parts.data == "model.layers.0.mlp.experts.gate_up_proj"
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", style="gpt_oss")
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("src", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(CheckpointError, match="plain experts transposed"):
+        dequantize_checkpoint(tmp_path / "src", tmp_path / "bf16")
+    with pytest.raises(CheckpointError, match="style gpt_oss cannot describe fp8_128x128"):
+        convert_checkpoint(tmp_path / "src", tmp_path / "x", "fp8_128x128", style="gpt_oss")

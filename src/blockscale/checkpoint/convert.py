@@ -113,6 +113,8 @@ def plan_dequantize(src: Path, dst: Path, options: DequantizeOptions) -> Job:
     if options.dtype not in _FLOATS:
         raise CheckpointError(f"dequantize: needs one of {', '.join(_FLOATS)}, got {options.dtype!r}")
     checkpoint = _quantized(src)
+    if blocked := next((layer for layer in checkpoint.layers if layer.parts.blocked), None):
+        raise CheckpointError(f"{src}: {blocked.name}: gpt-oss has plain experts transposed, which is not written here")
     groups = _groups(checkpoint, lambda source: Dequantize(source, _FLOATS[options.dtype]))
     return _job("dequantize", checkpoint, dst, options, groups, with_quantization(checkpoint.config, None))
 

@@ -24,6 +24,10 @@ def describe(fmt: Format, style: str, skip: Sequence[str]) -> dict[str, Any]:
         return _describe_deepseek(fmt, skip)
     if style == "modelopt":
         return _describe_modelopt(fmt, skip)
+    if style == "gpt_oss":
+        if fmt.name != "mxfp4":
+            raise _no_words(style, fmt, "mxfp4")
+        return {"quant_method": "mxfp4", "modules_to_not_convert": list(skip)}
     return _describe_groups(fmt, skip)
 
 

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..formats import FORMATS, Format, get_format
 from .config import QuantConfig
 from .header import TensorInfo
-from .names import Parts, find_parts, module_of, owner_of_scale, scale_candidates
+from .names import Parts, find_parts, owner_of_scale, scale_candidates
 
 _FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8e5m2", "F8_E4M3FNUZ": "fp8fnuz"}
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "U8")
@@ -79,9 +79,9 @@ def _is_scale_of_something(name: str, tensors: Mapping[str, TensorInfo]) -> bool
 
 def _layer(info: TensorInfo, parts: Parts, tensors: Mapping[str, TensorInfo], config: QuantConfig) -> StoredLayer:
     scale = tensors[parts.scale]
-    module = module_of(info.name)
+    module = parts.module
     packed = info.dtype in ("U8", "I8")
-    *lead, rows, width = info.shape
+    *lead, rows, width = _unblocked(info) if parts.blocked else info.shape
     shape = (*lead, rows, width * 2 if packed else width)
     level = tensors[parts.global_scale] if parts.global_scale else None
     fmt = _fp4_format(info, scale, level, shape) if packed else _fp8_format(info, scale, shape, config, module)
@@ -90,6 +90,14 @@ def _layer(info: TensorInfo, parts: Parts, tensors: Mapping[str, TensorInfo], co
         raise _disagree(info, scale, config, f"stored is {fmt}, the config allows {', '.join(map(str, said))}")
     nbytes = sum(tensors[name].nbytes for name in parts.all)
     return StoredLayer(module, fmt, shape, scale.dtype, parts, info.file, nbytes)
+
+
+def _unblocked(info: TensorInfo) -> tuple[int, ...]:
+    """`[…, N, K / 32, 16]` -> `[…, N, K / 2]`, in bytes."""
+    if info.dtype != "U8" or len(info.shape) < 3 or info.shape[-1] != 16:
+        raise CheckpointError(f"{info.file}: {info}: needs blocks of 16 bytes in U8: […, N, K / 32, 16]")
+    *lead, groups, size = info.shape
+    return (*lead, groups * size)
 
 
 def _fp4_format(info: TensorInfo, scale: TensorInfo, level: TensorInfo | None, shape: tuple[int, ...]) -> Format:

@@ -127,7 +127,7 @@ def scales_of(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConf
 def assemble(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConfig | None = None) -> BlockScaled:
     """BlockScaled from the stored tensors of a layer. Raises CheckpointError for scales that cannot multiply."""
     s = scales_of(layer, parts, config)
-    data = parts[layer.parts.data]
+    data = parts[layer.parts.data].reshape(*layer.shape[:-2], *layer.format.data_shape(*layer.shape[-2:]))
     return BlockScaled(
         data, s.scale, layer.format, shape=layer.shape, global_scale=s.global_scale, input_scale=s.input_scale
     )
