@@ -36,6 +36,7 @@ class Stats:
         self._measured = self._clipped = self._zeros = 0
         self._scales: Counter[int] = Counter()
         self._uncounted: list[Tensor] = []
+        self._waiting = 0
         self._amax = 0.0
 
     def add(self, x: Tensor, q: BlockScaled, index: int) -> None:
@@ -59,13 +60,15 @@ class Stats:
         level = 1.0 if q.global_scale is None else float(q.global_scale)
         scale = decode_scale(q.scale).flatten()
         self._uncounted.append(scale * level if level != 1.0 else scale)
-        if sum(t.numel() for t in self._uncounted) >= _GATHER:
+        self._waiting += scale.numel()
+        if self._waiting >= _GATHER:
             self._count_scales()
         return level
 
     def _count_scales(self) -> None:
         scale = torch.cat(self._uncounted) if self._uncounted else torch.zeros(0)
         self._uncounted.clear()
+        self._waiting = 0
         exponents = torch.frexp(scale[scale > 0])[1] - 1
         found, counts = torch.unique(exponents, return_counts=True)
         self._scales.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +55,14 @@ class Spec:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+@dataclass
+class _Waiting:
+    """Small pieces of a tensor that are not written yet. size: bytes."""
+
+    pieces: list[Tensor] = field(default_factory=list)
+    size: int = 0
+
+
 class ShardWriter:
     """Writes the tensors of a shard; a context manager. Leaving it by an exception leaves nothing; a kill, `*.partial`.
 
@@ -79,7 +87,7 @@ class ShardWriter:
         self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
         self._left = {s.name: s.nbytes for s in ordered}
         self._sums = {s.name: Checksum() for s in ordered}
-        self._waiting: dict[str, list[Tensor]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self.size = len(self._head) + offset
         self._fd = -1
 
@@ -102,17 +110,19 @@ class ShardWriter:
     def write(self, name: str, piece: Tensor) -> None:
         """Append the bytes of `piece` (any dtype) to the tensor `name`. Small pieces are gathered first."""
         flat = piece.contiguous().reshape(-1).view(torch.uint8)
-        if flat.numel() > self._left[name]:
-            raise CheckpointError(f"{self.path}: {name}: {flat.numel()} bytes for the last {self._left[name]}")
-        self._left[name] -= flat.numel()
-        waiting = self._waiting.setdefault(name, [])
-        if flat.numel() >= _SMALL and not waiting:
+        size = flat.numel()
+        if size > self._left[name]:
+            raise CheckpointError(f"{self.path}: {name}: {size} bytes for the last {self._left[name]}")
+        self._left[name] -= size
+        waiting = self._waiting.setdefault(name, _Waiting())
+        if size >= _SMALL and not waiting.pieces:
             self._append(name, flat)
             return
-        waiting.append(flat.clone())  # its memory may be the reader's buffer
-        if self._left[name] == 0 or sum(p.numel() for p in waiting) >= _SMALL:
-            self._append(name, torch.cat(waiting))
-            waiting.clear()
+        waiting.pieces.append(flat.clone())  # its memory may be the reader's buffer
+        waiting.size += size
+        if self._left[name] == 0 or waiting.size >= _SMALL:
+            del self._waiting[name]
+            self._append(name, torch.cat(waiting.pieces))
 
     def _append(self, name: str, flat: Tensor) -> None:
         with naming(self.path):
