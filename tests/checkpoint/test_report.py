@@ -16,6 +16,7 @@ from blockscale.checkpoint.reader import StoredLayer
 from blockscale.checkpoint.report import kind_of, page
 from blockscale.checkpoint.search import searched_scale
 from blockscale.checkpoint.sharding import fit, splits, verdicts
+from blockscale.checkpoint.stats import Stats
 from blockscale.checkpoint.svg import bars, dots
 
 
@@ -78,6 +79,16 @@ def test_plots_of_odd_data():
     assert dots({"a": [(3.0, 0.1)], "b": [(-1.0, 0.2)]}, "x", "y").count("<circle") == 4
     assert bars({}, "x", "y") == "<p>none</p>"
     assert bars({-3: 5, 2: 1}, "x", "y").count("<rect") == 6
+
+
+@pytest.mark.parametrize(("bad", "relative"), [(torch.nan, 0.025), (torch.inf, 0.025), (1e30, 0.03)])
+def test_errors_are_numbers_whatever_the_weights_are(bad, relative):
+    """NaN and infinities do not count; squares beyond fp32 do."""
+    x = torch.randn(128, 128) * (bad if bad == 1e30 else 1)
+    x[3, 4] = bad
+    stats = Stats(x.numel(), 1, full=True)
+    stats.add(x, reference.quantize(x, get_format("fp8_128x128")), 0)
+    assert stats.result()["relative_error"] == pytest.approx(relative, rel=0.25)
 
 
 def test_kinds():

@@ -93,17 +93,26 @@ class Stats:
         return x[top : top + high, left : left + wide], part
 
     def _measure(self, x: Tensor, q: BlockScaled, level: float) -> None:
-        x = torch.where(x.isfinite(), x, 0.0)
-        y = torch.where((value := dequantize(q)).isfinite(), value, 0.0)
-        self._error += float((x - y).square().sum(dtype=torch.float64))
-        self._power += float(x.square().sum(dtype=torch.float64))
+        y = dequantize(q)
+        error, power = _squares(x - y), _squares(x)
+        if not math.isfinite(error + power):  # --nan keep, where such elements do not count, or squares beyond fp32
+            x, y = (torch.where(t.isfinite(), t, 0.0).double() for t in (x, y))
+            error, power = _squares(x - y), _squares(x)
+        self._error += error
+        self._power += power
+        magnitude = x.abs()
         self._measured += x.numel()
-        self._zeros += int(((y == 0) & (x != 0)).sum())
+        self._zeros += int(((y == 0) & (magnitude > 0)).sum())
+        self._clipped += int((magnitude > self._reach(x, q, level)).sum())
+        self._amax = max(self._amax, float(magnitude.amax()) if x.numel() else 0.0)
+
+    def _reach(self, x: Tensor, q: BlockScaled, level: float) -> Tensor:
+        """The largest magnitude that each element's scale reaches; one number where all share it."""
         br, bc = q.format.block_shape(*x.shape)
-        top = decode_scale(q.scale) * (level * q.format.max)
-        top = top.repeat_interleave(br, 0)[: x.shape[0]].repeat_interleave(bc, 1)[:, : x.shape[1]]
-        self._clipped += int((x.abs() > top * (1 + 2**-20)).sum())
-        self._amax = max(self._amax, float(x.abs().amax()) if x.numel() else 0.0)
+        top = decode_scale(q.scale) * (level * q.format.max * (1 + 2**-20))
+        if top.numel() == 1:
+            return top.reshape(())
+        return top.repeat_interleave(br, 0)[: x.shape[0]].repeat_interleave(bc, 1)[:, : x.shape[1]]
 
     def result(self) -> dict[str, Any]:
         """relative_error: ||x - y|| / ||x||. sqnr_db. clipped, zeros: shares of the measured elements.
@@ -121,6 +130,10 @@ class Stats:
             "measured": self._measured,
             "scales": {str(e): n for e, n in sorted(self._scales.items())},
         }
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def _rounded(value: float) -> float:
