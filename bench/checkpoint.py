@@ -6,8 +6,9 @@ A synthetic BF16 model in shards of about 1 GB is quantized to fp8_128x128. Inte
     throughput   bytes read and written a CPU second (user + system), quantize over cp. Per core, whatever the load.
     wall         the same by wall time, one worker.
     memory       peak resident memory, against 3x the largest tensor + 200 MB.
-    workers      wall time of one worker over two, each with one thread.
-Best of `--repeat` runs: other users of the machine only ever add time.
+    workers      wall time of one worker over two, each with one thread: of whole commands, and of the work in them,
+                 from the first event to the last (the second worker's start, seconds of importing torch, is in both).
+Best of `--repeat` runs: other users of the machine only ever add time. Disks are synced before each run.
 """
 
 from __future__ import annotations
@@ -47,23 +48,27 @@ def make_source(path: Path, gigabytes: float) -> int:
 
 
 def timed(command: list[str], threads: int | None = None) -> dict[str, float]:
-    """wall, CPU seconds and peak memory in bytes of one command and its children."""
+    """Of one command and its children: seconds in all, since its "start" event, and of CPU; peak memory in bytes."""
+    os.sync()
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     script = (
         "import resource, subprocess, sys, json, time\n"
-        "t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-        "u = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(json.dumps([time.perf_counter() - t, u.ru_utime + u.ru_stime, u.ru_maxrss * 1024]))"
+        "t = time.perf_counter(); p = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE); at = t\n"
+        "for line in p.stdout:\n"
+        "    at = time.perf_counter() if b'start' in line else at\n"
+        "assert p.wait() == 0\n"
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN); end = time.perf_counter()\n"
+        "print(json.dumps([end - t, end - at, u.ru_utime + u.ru_stime, u.ru_maxrss * 1024]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *command], check=True, capture_output=True, text=True, env=environment
     )
-    wall, cpu, peak = json.loads(done.stdout)
-    return {"wall": wall, "cpu": cpu, "peak": peak}
+    wall, work, cpu, peak = json.loads(done.stdout)
+    return {"wall": wall, "work": work, "cpu": cpu, "peak": peak}
 
 
 def quantize(src: Path, dst: Path, workers: int, report: str) -> list[str]:
-    base = [sys.executable, "-m", "blockscale", "quantize", str(src), str(dst), "--json", "--shard-size", "512M"]
+    base = [sys.executable, "-m", "blockscale", "quantize", str(src), str(dst), "--json", "--shard-size", "256M"]
     return [*base, "--workers", str(workers), "--report", report]
 
 
@@ -118,6 +123,7 @@ def print_and_save(best: dict[str, dict[str, float]], read: int, written: int, p
         "peak_memory_limit_bytes": limit,
         "start_memory_bytes": start["peak"],
         "two_workers_speedup": best["one"]["wall"] / best["two"]["wall"],
+        "two_workers_speedup_of_the_work": best["one"]["work"] / best["two"]["work"],
         "start_seconds": start["wall"],
         "runs": best,
         "own_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

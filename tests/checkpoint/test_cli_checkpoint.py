@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from blockscale.checkpoint.errors import InexactError
 from blockscale.cli import app
-from blockscale.errors import BlockscaleError
+from blockscale.errors import BlockscaleError, CheckpointError
 
 
 def run(*args):
@@ -21,6 +21,13 @@ def test_quantize_then_inspect(llama, tmp_path):
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stdout.splitlines()]
     assert [e["event"] for e in events] == ["start", "shard", "shard", "done"]
+    assert events[-1] | {"path": "", "worst": [], "mean_relative_error": 0, "max_relative_error": 0} == {
+        "event": "done", "path": "", "existed": False, "shards": 2, "kept": 0, "tensors": 12, "measured": 7,
+        "mean_relative_error": 0, "max_relative_error": 0, "worst": [],
+    }  # fmt: skip
+    assert 0.02 < events[-1]["mean_relative_error"] <= events[-1]["max_relative_error"] < 0.03
+    again = run("quantize", llama, tmp_path / "out", "--format", "fp8_128x128", "--json")
+    assert json.loads(again.stdout) == events[-1] | {"existed": True, "kept": 2}
     again = run("quantize", llama, tmp_path / "out", "--format", "fp8_128x128")
     assert (again.exit_code, "complete already" in again.stdout) == (0, True)
     found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
@@ -65,6 +72,17 @@ def test_convert_dequantize_verify(models, tmp_path):
     assert run("verify", v4, tmp_path / "bf16").exit_code == 0
     with pytest.raises(InexactError, match="would change values"):
         run("convert", tmp_path / "f32", tmp_path / "x", "--format", "nvfp4")
+
+
+def test_an_error_is_a_json_line_too(llama, tmp_path):
+    with pytest.raises(CheckpointError, match="no tensor to quantize"):
+        run("quantize", llama, tmp_path / "out", "--only", "nothing", "--json")
+    command = [sys.executable, "-m", "blockscale", "quantize", str(llama), str(tmp_path / "out"), "--json"]
+    done = subprocess.run([*command, "--only", "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    event = json.loads(done.stdout)
+    assert event["event"] == "error"
+    assert done.stderr == f"error: {event['message']}\n"
 
 
 def test_verify_of_different_checkpoints(llama, tmp_path):

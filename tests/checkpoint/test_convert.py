@@ -208,3 +208,75 @@ def test_e8m0_ends_convert_exactly(byte):
     out = convert_exact(q, get_format("fp8_32x32"))
     assert out.scale.item() == 2.0 ** (byte - 127)
     assert convert_exact(out, get_format("fp8_32x32_ue8m0")).scale.view(torch.uint8).item() == byte
+
+
+def test_static_input_scales_keep_their_name_and_value(tmp_path):
+    """FP8 with a static activation scale is stored alike in both dialects, and nothing is inverted."""
+    src = tmp_path / "src"
+    src.mkdir()
+    w = reference.quantize(torch.randn(64, 48), get_format("fp8_tensor"))
+    tensors = {
+        "a.weight": w.data,
+        "a.weight_scale": w.scale.reshape(()),
+        "a.input_scale": torch.tensor(0.3),
+        "a.k_scale": torch.tensor(1.5),
+    }
+    save_file(tensors, src / "model.safetensors")
+    (src / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": []}})
+    )
+    (src / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    convert_checkpoint(src, tmp_path / "ct", style="compressed_tensors")
+    found = tensors_of(tmp_path / "ct")
+    assert sorted(found) == ["a.input_scale", "a.k_scale", "a.weight", "a.weight_scale"]
+    assert found["a.input_scale"] == torch.tensor(0.3)
+    assert not (tmp_path / "ct" / "hf_quant_config.json").exists()
+    assert open_checkpoint(tmp_path / "ct").load("a").input_scale == torch.tensor(0.3)
+    convert_checkpoint(tmp_path / "ct", tmp_path / "back", style="modelopt")
+    assert compare_checkpoints(src, tmp_path / "back")["same_values"]
+    assert {n: t.reshape(-1).tolist() for n, t in tensors_of(tmp_path / "back").items() if n != "a.weight"} == {
+        n: t.reshape(-1).tolist() for n, t in tensors.items() if n != "a.weight"
+    }
+
+
+def test_modelopts_own_config_file_stays_with_its_checkpoint(tmp_path):
+    """Only the scales' dtype changes: config files are copied as they are."""
+    src = tmp_path / "src"
+    src.mkdir()
+    w = reference.quantize(torch.randn(64, 64), get_format("mxfp8"))
+    save_file({"a.weight": w.data, "a.weight_scale": w.scale.view(torch.uint8)}, src / "model.safetensors")
+    text = json.dumps({"quantization": {"quant_algo": "MXFP8"}})
+    (src / "hf_quant_config.json").write_text(text)
+    (src / "config.json").write_text('{"model_type":   "llama"}')
+    convert_checkpoint(src, tmp_path / "out", scale_dtype="e8m0")
+    assert (tmp_path / "out" / "hf_quant_config.json").read_text() == text
+    assert (tmp_path / "out" / "config.json").read_text() == '{"model_type":   "llama"}'
+    assert open_checkpoint(tmp_path / "out").layer("a").scale_dtype == "F8_E8M0"
+    dequantize_checkpoint(src, tmp_path / "bf16")
+    assert not (tmp_path / "bf16" / "hf_quant_config.json").exists()
+
+
+@pytest.mark.parametrize("style", ["modelopt", "compressed_tensors"])
+def test_a_mixture_in_dialects_that_list_modules(llama, tmp_path, style):
+    quantize_checkpoint(llama, tmp_path / "q", "fp8_128x128", style=style)
+    convert_checkpoint(tmp_path / "q", tmp_path / "out", "nvfp4", only=("*mlp*",), requantize=True)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    formats = {layer.name.split(".")[3]: layer.format.name for layer in checkpoint.layers}
+    assert formats == {"self_attn": "fp8_128x128", "mlp": "nvfp4"}
+    said = checkpoint.config["quantization_config"]
+    if style == "modelopt":
+        assert said["quant_algo"] == "MIXED_PRECISION"
+        assert said["quantized_layers"]["model.layers.0.mlp.up_proj"] == {"quant_algo": "NVFP4", "group_size": 16}
+    else:
+        targets = [sorted(group["targets"])[0] for group in said["config_groups"].values()]
+        assert sorted(targets) == ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj"]
+
+
+def test_one_format_takes_one_style(models, tmp_path):
+    """NVFP4 experts have names of their own in a V4 checkpoint; in another format they take the checkpoint's."""
+    convert_checkpoint(models("v4_nvfp4"), tmp_path / "out", "mxfp8", requantize=True)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert {(layer.format.name, layer.parts.scale.rsplit(".")[-1]) for layer in checkpoint.layers} == {
+        ("mxfp8", "scale")
+    }
+    assert checkpoint.config["quantization_config"]["quant_method"] == "mxfp8"

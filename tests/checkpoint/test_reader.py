@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockscale.checkpoint import open_checkpoint
-from blockscale.checkpoint.config import parse_config
+from blockscale import get_format, reference
+from blockscale.checkpoint import convert_checkpoint, dequantize_checkpoint, open_checkpoint
 from blockscale.errors import CheckpointError
 
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -209,149 +209,39 @@ def test_e8m0_ends_are_exact(tmp_path):
     assert q.scale.view(torch.uint8).tolist() == [[0, 254]]
 
 
-# -- folders ------------------------------------------------------------------------------------------------------
-
-
-def two_shards(path):
+def gpt_oss(path):
+    """Two experts' MXFP4 as gpt-oss stores it: `[E, N, K / 32, 16]` bytes and `[E, N, K / 32]` E8M0 bytes."""
     path.mkdir()
-    save_file({"a": torch.ones(2)}, path / "model-00001-of-00002.safetensors")
-    save_file({"b": torch.ones(2)}, path / "model-00002-of-00002.safetensors")
-    return path
-
-
-def index(path, weight_map):
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "says"),
-    [
-        ({"a": "model-00001-of-00002.safetensors", "b": "model-00003.safetensors"}, "missing shard"),
-        ({"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}, "c: the index says"),
-        ({"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}, "a: the index says"),
-        ({"a": "../secret.safetensors"}, "is not the plain name"),
-        ({"a": "/etc/passwd"}, "is not the plain name"),
-        ({"a": "sub/x.safetensors"}, "is not the plain name"),
-        ({"a": "x\0.safetensors"}, "is not the plain name"),
-        ({"a": "config.json"}, "is not the plain name"),
-        ({"a": ""}, "is not the plain name"),
-        ({"a": 3}, "weight_map needs"),
-        ([], "weight_map needs"),
-        (None, "weight_map needs"),
-    ],
-)
-def test_index_tricks(tmp_path, weight_map, says):
-    path = index(two_shards(tmp_path / "c"), weight_map)
-    with pytest.raises(CheckpointError) as e:
-        open_checkpoint(path)
-    assert says in str(e.value)
-
-
-def test_a_tensor_missing_from_the_index(tmp_path):
-    path = two_shards(tmp_path / "c")
-    save_file({"a": torch.ones(2), "x": torch.ones(1)}, path / "model-00001-of-00002.safetensors")
-    index(path, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
-    with pytest.raises(CheckpointError, match="x: in the shard, but not in"):
-        open_checkpoint(path)
-
-
-def test_shards_without_an_index(tmp_path):
-    path = two_shards(tmp_path / "c")
-    assert list(open_checkpoint(path).tensors) == ["a", "b"]
-    (path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="says 2 shards, found 1"):
-        open_checkpoint(path)
-
-
-def test_links_out_of_the_tree(tmp_path):
-    outside = tmp_path / "outside.safetensors"
-    save_file({"a": torch.ones(2)}, outside)
-    path = tmp_path / "c"
-    path.mkdir()
-    (path / "model.safetensors").symlink_to(outside)
-    with pytest.raises(CheckpointError, match="a link that leaves the checkpoint"):
-        open_checkpoint(path)
-
-
-def test_links_of_the_hugging_face_cache(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    save_file({"a": torch.ones(2)}, blobs / "1234")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
-    assert list(open_checkpoint(snapshot).tensors) == ["a"]
-
-
-def test_pickles_are_never_read(tmp_path):
-    path = tmp_path / "c"
-    path.mkdir()
-    (path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle file, which is never read"):
-        open_checkpoint(path)
-
-
-def test_no_such_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        open_checkpoint(tmp_path / "nothing")
-
-
-def test_writing_to_a_loaded_tensor_leaves_the_file(tmp_path):
-    path = write(tmp_path / "c", {"a": torch.ones(4)})
-    before = (path / "model.safetensors").read_bytes()
-    open_checkpoint(path).load("a").fill_(7)
-    assert (path / "model.safetensors").read_bytes() == before
-
-
-def test_odd_alignment_is_read(raw_file, tmp_path):
-    header = {
-        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
-        "b": {"dtype": "F32", "shape": [1], "data_offsets": [3, 7]},
+    q = reference.quantize(torch.randn(2, 48, 96), get_format("mxfp4"))
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": q.data.reshape(2, 48, 3, 16),
+        "model.layers.0.mlp.experts.gate_up_proj_scales": q.scale.view(torch.uint8),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": torch.randn(2, 48).bfloat16(),
     }
-    path = raw_file(header, bytes([1, 2, 3]) + torch.tensor([2.5]).numpy().tobytes())
-    assert open_checkpoint(path).load("b").tolist() == [2.5]
-
-
-# -- configs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("raw", "says"),
-    [
-        ({"quant_method": "gptq"}, "quant_method 'gptq' is not block-scaled floats"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size needs two positive integers"),
-        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size needs two positive integers"),
-        ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "quant_algo 'INT4_AWQ' is not known"),
-        ({"quant_method": "compressed-tensors"}, "needs config_groups"),
-        (
-            {
-                "quant_method": "compressed-tensors",
-                "config_groups": {"g": {"weights": {"type": "int", "num_bits": 4, "group_size": 128}}},
-            },
-            "4-bit int with strategy None",
-        ),
-        ({"quant_method": "fp8", "modules_to_not_convert": [1]}, "skip list needs strings"),
-        (["fp8"], "needs a JSON object"),
-    ],
-)
-def test_configs_that_are_refused(raw, says):
-    with pytest.raises(CheckpointError) as e:
-        parse_config(raw, "config.json: quantization_config")
-    assert says in str(e.value)
-    assert "config.json" in str(e.value)
-
-
-def test_both_skip_lists():
-    for key in ("modules_to_not_convert", "ignored_layers"):
-        assert parse_config({"quant_method": "fp8", key: ["lm_head"]}, "x").skip == ("lm_head",)
-
-
-def test_mixed_modelopt_layers():
-    raw = {
-        "quant_method": "modelopt",
-        "quant_algo": "MIXED_PRECISION",
-        "quantized_layers": {"a": {"quant_algo": "NVFP4"}, "b": {"quant_algo": "FP8"}},
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]},
     }
-    config = parse_config(raw, "x")
-    assert [f.name for f in config.formats("a.q_proj")] == ["nvfp4"]
-    assert [f.name for f in config.formats("b")] == ["fp8_tensor"]
+    (path / "config.json").write_text(json.dumps(config))
+    return q
+
+
+def test_gpt_oss_blocks(tmp_path):
+    q = gpt_oss(tmp_path / "src")
+    checkpoint = open_checkpoint(tmp_path / "src")
+    (layer,) = checkpoint.layers
+    assert layer.name == "model.layers.0.mlp.experts.gate_up_proj"
+    assert (layer.format.name, layer.shape) == ("mxfp4", (2, 48, 96))
+    loaded = checkpoint.load(layer.name)
+    assert torch.equal(reference.dequantize(loaded), reference.dequantize(q))
+    convert_checkpoint(tmp_path / "src", tmp_path / "there", style="compressed_tensors")
+    assert open_checkpoint(tmp_path / "there").layers[0].parts.data == "model.layers.0.mlp.experts.gate_up_proj"
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", style="gpt_oss")
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("src", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(CheckpointError, match="plain experts transposed"):
+        dequantize_checkpoint(tmp_path / "src", tmp_path / "bf16")
+    with pytest.raises(CheckpointError, match="style gpt_oss cannot describe fp8_128x128"):
+        convert_checkpoint(tmp_path / "src", tmp_path / "x", "fp8_128x128", style="gpt_oss")

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blockscale import get_format, reference
-from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
+from blockscale.checkpoint import convert_checkpoint, open_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.encode import make_encoding
 from blockscale.checkpoint.names import Parts
 from blockscale.checkpoint.reader import StoredLayer
 from blockscale.checkpoint.report import kind_of, page
 from blockscale.checkpoint.search import searched_scale
-from blockscale.checkpoint.sharding import fit, verdicts
+from blockscale.checkpoint.sharding import fit, splits, verdicts
+from blockscale.checkpoint.stats import Stats
 from blockscale.checkpoint.svg import bars, dots
 
 
@@ -43,14 +45,50 @@ def test_the_page_stands_alone(llama, tmp_path):
 
 def test_names_are_escaped():
     row = {"name": "layers.0.<b>", "shape": [1, 1], "relative_error": 0.1, "sqnr_db": 20.0, "scales": {"0": 1}}
-    assert "<b>" not in page("x", {"tensors": 1, "copied": 0, "mean_relative_error": 0, "max_relative_error": 0}, [row])
+    summary = {"tensors": 1, "copied": 0, "mean_relative_error": 0.1, "max_relative_error": 0.1}
+    text = page("x", summary, [row])
+    assert "<b>" not in text
+    assert "&lt;b&gt;" in text
+
+
+def test_an_exact_conversion_says_so(models, tmp_path):
+    """No error plot and no worst ten where nothing changed."""
+    convert_checkpoint(models("v31"), tmp_path / "out", scale_dtype="e8m0")
+    text = (tmp_path / "out" / "quantization_report.html").read_text()
+    assert "<title>Quantization report: convert e8m0</title>" in text
+    assert "No value changed." in text
+    assert (text.count("<svg"), "worst</h2>" in text) == (1, False)
+
+
+def test_the_page_says_how_much_was_measured(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    save_file({"layers.0.up_proj.weight": torch.randn(2048, 2048).bfloat16()}, src / "model.safetensors")
+    quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    measured = report["tensors"][0]["measured"]
+    assert measured == 2**18
+    assert "measured on 6.2% of the elements" in (tmp_path / "out" / "quantization_report.html").read_text()
 
 
 def test_plots_of_odd_data():
     assert dots({"a": [(0.0, 0.0)]}, "x", "y").startswith("<svg")
+    assert (
+        dots({f"s{i}": [(0.0, 1.0)] for i in range(12)}, "x", "y").count("<rect") == 4
+    )  # two series, two legend entries
     assert dots({"a": [(3.0, 0.1)], "b": [(-1.0, 0.2)]}, "x", "y").count("<circle") == 4
     assert bars({}, "x", "y") == "<p>none</p>"
     assert bars({-3: 5, 2: 1}, "x", "y").count("<rect") == 6
+
+
+@pytest.mark.parametrize(("bad", "relative"), [(torch.nan, 0.025), (torch.inf, 0.025), (1e30, 0.03)])
+def test_errors_are_numbers_whatever_the_weights_are(bad, relative):
+    """NaN and infinities do not count; squares beyond fp32 do."""
+    x = torch.randn(128, 128) * (bad if bad == 1e30 else 1)
+    x[3, 4] = bad
+    stats = Stats(x.numel(), 1, full=True)
+    stats.add(x, reference.quantize(x, get_format("fp8_128x128")), 0)
+    assert stats.result()["relative_error"] == pytest.approx(relative, rel=0.25)
 
 
 def test_kinds():
@@ -119,5 +157,23 @@ def test_verdicts(models):
     rows = {row["ranks"]: row for row in verdicts(open_checkpoint(models("qwen3")).layers)}
     assert rows[1]["verdict"] == "on block boundaries"
     assert rows[2]["verdict"] == "re-block"
-    assert "experts" in rows[2]["examples"]["inside"]
+    assert "model.layers.*.mlp.experts.*.gate_proj" in rows[2]["kinds"]["inside"]
     assert rows[5]["verdict"] == "uneven"
+    assert list(rows) == list(range(1, 17))
+
+
+def test_splits(models):
+    """The V3 model's attention over four ranks, spelled out."""
+    rows = {row["kind"].removeprefix("model.layers.*."): row for row in splits(open_checkpoint(models("v3")).layers, 4)}
+    assert rows["self_attn.kv_a_proj_with_mqa"]["cut"] is None
+    assert rows["self_attn.q_b_proj"] == {
+        "kind": "model.layers.*.self_attn.q_b_proj",
+        "shape": [384, 128],
+        "format": "fp8_128x128",
+        "layers": 2,
+        "cut": "rows",
+        "share": 96,
+        "block": 128,
+        "fit": "inside",
+    }
+    assert (rows["self_attn.o_proj"]["cut"], rows["self_attn.o_proj"]["share"]) == ("columns", 64)

@@ -1,5 +1,6 @@
 """Workers, ranks and kills: the result never depends on them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -97,6 +98,28 @@ def test_killed_at_any_moment(llama, whole, tmp_path):
         kept = len(list((tmp_path / "out.unfinished" / "records").iterdir()))
         assert kept >= shards
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert everything(tmp_path / "out") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c(llama, whole, tmp_path, workers):
+    """Exit code 130, one line, nothing half-written, and the same command goes on."""
+    command = [sys.executable, "-m", "blockscale", "quantize", str(llama), str(tmp_path / "out"), "--json"]
+    command += ["--shard-size", "100000", "--workers", workers]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if '"shard"' in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, said = process.communicate()
+    assert (process.returncode, said) == (130, "interrupted; the same command goes on from here\n")
+    unfinished = [p.name for p in (tmp_path / "out.unfinished").iterdir()]
+    assert not any(name.endswith(".partial") for name in unfinished)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    done = json.loads(again.stdout.splitlines()[-1])
+    assert (done["event"], done["measured"], done["kept"] >= 1) == ("done", 7, True)
     assert everything(tmp_path / "out") == whole
 
 

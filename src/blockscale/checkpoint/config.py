@@ -1,4 +1,4 @@
-"""What `config.json` says about quantization, read and written.
+"""What `config.json` says about quantization. `describe` writes it.
 
 Four dialects say the same few things: DeepSeek's `quant_method: fp8` (also Qwen3, MiniMax), `compressed-tensors`,
 ModelOpt (`quant_method: modelopt` or a file `hf_quant_config.json`), and `mxfp8` / `mxfp4`. A `QuantConfig` is what
@@ -24,7 +24,7 @@ from ..formats import FORMATS, Format, get_format
 KEY = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
 _FP4 = ("mxfp4", "nvfp4")
-_ALGORITHMS = {
+ALGORITHMS = {
     "FP8": "fp8_tensor",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8_row",
     "FP8_PB_WO": "fp8_128x128",
@@ -213,9 +213,9 @@ def _modelopt_rules(raw: Mapping[str, Any], where: str) -> Iterator[Rule]:
 
 
 def _algorithm(name: Any, where: str) -> Format:
-    if name not in _ALGORITHMS:
-        raise CheckpointError(f"{where}: quant_algo {name!r} is not known; known: {', '.join(_ALGORITHMS)}")
-    return FORMATS[_ALGORITHMS[name]]
+    if name not in ALGORITHMS:
+        raise CheckpointError(f"{where}: quant_algo {name!r} is not known; known: {', '.join(ALGORITHMS)}")
+    return FORMATS[ALGORITHMS[name]]
 
 
 def _matches(target: str, module: str) -> bool:
@@ -232,97 +232,3 @@ def skipped(module: str, patterns: Sequence[str]) -> bool:
         _matches(p, module) or module.startswith(p + ".") or module.endswith("." + p) or f".{p}." in module
         for p in patterns
     )
-
-
-# -- writing -----------------------------------------------------------------------------------------------------
-
-
-def describe(fmt: Format, style: str, skip: Sequence[str]) -> dict[str, Any]:
-    """The quantization_config that says: every linear is `fmt`, stored in `style`, except `skip`.
-
-    Raises CheckpointError when the dialect has no words for the format.
-    """
-    if style in ("deepseek", "deepseek_v4"):
-        return _describe_deepseek(fmt, skip)
-    if style == "modelopt":
-        return _describe_modelopt(fmt, skip)
-    return _describe_groups(fmt, skip)
-
-
-def _describe_deepseek(fmt: Format, skip: Sequence[str]) -> dict[str, Any]:
-    if fmt.name in ("mxfp8", "mxfp4"):
-        said: dict[str, Any] = {"quant_method": fmt.name, "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
-        return said | ({"modules_to_not_convert": list(skip)} if skip else {})
-    rows, cols = fmt.block
-    if fmt.two_level or (rows is None) != (cols is None) or fmt.element.name == "fp8fnuz":
-        raise _no_words("deepseek", fmt, "fp8_RxC, fp8_tensor, mxfp8 and mxfp4")
-    said = {"activation_scheme": "dynamic", "fmt": "e5m2" if fmt.element.name == "fp8e5m2" else "e4m3"}
-    said |= {"quant_method": "fp8", "weight_block_size": [rows, cols] if rows else None}
-    if fmt.scale_rounding != "none":
-        said["scale_fmt"] = "ue8m0"
-    return said | ({"modules_to_not_convert": list(skip)} if skip else {})
-
-
-def _describe_modelopt(fmt: Format, skip: Sequence[str]) -> dict[str, Any]:
-    algorithm = next((a for a, name in _ALGORITHMS.items() if name == fmt.name), None)
-    if algorithm is None:
-        raise _no_words("modelopt", fmt, ", ".join(sorted(set(_ALGORITHMS.values()))))
-    said: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm, "kv_cache_quant_algo": None}
-    if (cols := fmt.block[1]) and fmt.block[0] == 1:
-        said["group_size"] = cols
-    return said | {"ignore": list(skip), "producer": {"name": "blockscale"}}
-
-
-def _describe_groups(fmt: Format, skip: Sequence[str]) -> dict[str, Any]:
-    rows, cols = fmt.block
-    weights: dict[str, Any] = {"num_bits": fmt.element.bits, "type": "float", "symmetric": True, "dynamic": False}
-    inputs: dict[str, Any] | None = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
-    if fmt.element.name not in ("fp8", "fp4") or (fmt.scale_rounding != "none" and fmt.name not in FORMATS_MX):
-        raise _no_words("compressed_tensors", fmt, "fp8_RxC, fp8_row, fp8_tensor, mxfp8, mxfp4 and nvfp4")
-    kind = "float-quantized"
-    assert inputs is not None
-    if rows is None:
-        weights["strategy"], inputs["strategy"] = "tensor", "tensor"
-    elif cols is None:
-        weights["strategy"], inputs["strategy"] = "channel", "token"
-    elif rows > 1:
-        weights |= {"strategy": "block", "block_structure": [rows, cols]}
-        inputs |= {"strategy": "group", "group_size": cols}
-    else:
-        weights |= {"strategy": "tensor_group" if fmt.two_level else "group", "group_size": cols}
-        inputs |= {"strategy": "group", "group_size": cols}
-        kind = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}.get(
-            fmt.name, kind
-        )
-        if fmt.packed:
-            inputs = None  # weight-only: static input scales need calibration data, which a weight file has not
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": kind,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(skip),
-    }
-
-
-FORMATS_MX = ("mxfp8", "mxfp4")
-
-
-def _no_words(style: str, fmt: Format, known: str) -> CheckpointError:
-    return CheckpointError(f"style {style} cannot describe {fmt}; it has words for {known}")
-
-
-def with_quantization(config: Mapping[str, Any], said: Mapping[str, Any] | None, **extra: Any) -> dict[str, Any]:
-    """`config` with its quantization_config replaced (None: removed) where it was, at the top otherwise."""
-    new = dict(config)
-    nested = new.get("text_config")
-    inside = isinstance(nested, dict) and bool(nested.get(KEY)) and not new.get(KEY)
-    new.pop(KEY, None)
-    new.pop("expert_dtype", None)
-    if isinstance(nested, dict):
-        nested = {k: v for k, v in nested.items() if k not in (KEY, "expert_dtype")}
-        new["text_config"] = nested | ({KEY: dict(said)} if said and inside else {})
-    if said and not inside:
-        new[KEY] = dict(said)
-    return new | {k: v for k, v in extra.items() if v is not None}

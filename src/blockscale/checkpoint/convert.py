@@ -7,6 +7,7 @@ it. Where values would change, it refuses, unless asked to requantize, and then 
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,19 +15,21 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 from ..formats import Format, get_format
-from .config import MODELOPT_FILE, describe, with_quantization
+from .config import MODELOPT_FILE
+from .describe import describe, describe_mixture, with_quantization
 from .encode import SCALE_DTYPES, Encoding, make_encoding
 from .header import TensorInfo, dtype_code
-from .job import Job, Listener, Result, copy_file, pack_shards
+from .job import Job, Listener, Result
 from .layersteps import Convert, Dequantize, LayerSource
 from .names import style_of
 from .quantize import SHARD_SIZE, small_files
 from .reader import Checkpoint, StoredLayer, open_checkpoint
-from .report import write_report
+from .report import PAGE, REPORT, write_report
 from .scaleout import carry_out
+from .shards import pack_shards
 from .source import FileTensor
 from .steps import Copy, Step
-from .writer import write_json
+from .writer import copy_file, write_json
 
 _FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
@@ -92,11 +95,12 @@ def plan_convert(src: Path, dst: Path, options: ConvertOptions) -> Job:
     """The whole job, from headers alone."""
     checkpoint = _quantized(src)
     encodings: dict[str, Encoding] = {}
+    main = _main_style(checkpoint)
 
     def step(source: LayerSource) -> Step:
         layer = source.layer
         asked = _picked(layer.name, options)
-        encodings[layer.name] = encoding = _encoding(layer, checkpoint, options if asked else ConvertOptions())
+        encodings[layer.name] = encoding = _encoding(layer, checkpoint, options if asked else ConvertOptions(), main)
         return Convert(source, encoding, options.requantize, options.report == "full")
 
     groups = _groups(checkpoint, step)
@@ -109,6 +113,8 @@ def plan_dequantize(src: Path, dst: Path, options: DequantizeOptions) -> Job:
     if options.dtype not in _FLOATS:
         raise CheckpointError(f"dequantize: needs one of {', '.join(_FLOATS)}, got {options.dtype!r}")
     checkpoint = _quantized(src)
+    if blocked := next((layer for layer in checkpoint.layers if layer.parts.blocked), None):
+        raise CheckpointError(f"{src}: {blocked.name}: gpt-oss has plain experts transposed, which is not written here")
     groups = _groups(checkpoint, lambda source: Dequantize(source, _FLOATS[options.dtype]))
     return _job("dequantize", checkpoint, dst, options, groups, with_quantization(checkpoint.config, None))
 
@@ -144,10 +150,13 @@ def _picked(module: str, options: ConvertOptions) -> bool:
     return not options.only or any(fnmatch.fnmatchcase(module, glob) for glob in options.only)
 
 
-def _encoding(layer: StoredLayer, checkpoint: Checkpoint, options: ConvertOptions) -> Encoding:
-    """As asked; what was not asked stays as the layer has it, where the format allows that."""
+def _encoding(layer: StoredLayer, checkpoint: Checkpoint, options: ConvertOptions, main: str) -> Encoding:
+    """As asked; what was not asked stays as the layer has it, where the format allows that.
+
+    main: the style of a layer whose format changes, so that one dialect can describe the result.
+    """
     fmt = get_format(options.format) if options.format else layer.format
-    style = options.style or style_of(layer.parts, checkpoint.quantization.method).name
+    style = options.style or (main if fmt != layer.format else _style(layer, checkpoint))
     scale_dtype = options.scale_dtype
     if scale_dtype is None and fmt.scale_dtype == layer.format.scale_dtype and options.style is None:
         same = next((word for word, code in SCALE_DTYPES.items() if code == layer.scale_dtype), None)
@@ -156,6 +165,16 @@ def _encoding(layer: StoredLayer, checkpoint: Checkpoint, options: ConvertOption
     if options.style is None and options.format and not _can_say(fmt, style):
         style = make_encoding(fmt).style.name
     return make_encoding(fmt, style, scale_dtype)
+
+
+def _style(layer: StoredLayer, checkpoint: Checkpoint) -> str:
+    return style_of(layer.parts, checkpoint.quantization.method).name
+
+
+def _main_style(checkpoint: Checkpoint) -> str:
+    """The usual one of a checkpoint. NVFP4 has names of its own in all of them, so it is asked last."""
+    one_level = [layer for layer in checkpoint.layers if not layer.format.two_level]
+    return Counter(_style(layer, checkpoint) for layer in one_level or checkpoint.layers).most_common(1)[0][0]
 
 
 def _code_in(code: str, dtypes: Sequence[Any]) -> bool:
@@ -170,28 +189,35 @@ def _can_say(fmt: Format, style: str) -> bool:
     return True
 
 
-def _config(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-    """config.json after the conversion. Raises CheckpointError for a mixture that no dialect can describe."""
-    kinds = {(e.format.name, e.style.name): e for e in encodings.values()}
-    skip = checkpoint.quantization.skip
-    unchanged = all(
-        (e.format, e.style.name) == (layer.format, style_of(layer.parts, checkpoint.quantization.method).name)
+def _config(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[str, Any] | None:
+    """config.json after the conversion, None when the old one still holds.
+
+    Raises CheckpointError for a mixture that no dialect can describe.
+    """
+    old, skip = checkpoint.config, checkpoint.quantization.skip
+    if checkpoint.quantization.method and all(
+        (encodings[layer.name].format, encodings[layer.name].style.name) == (layer.format, _style(layer, checkpoint))
         for layer in checkpoint.layers
-        for e in (encodings[layer.name],)
-    )
-    if unchanged and checkpoint.quantization.method:
-        return dict(checkpoint.config)
+    ):
+        return None
+    kinds = {(e.format.name, e.style.name): e for e in encodings.values()}
+    styles = {e.style.name for e in kinds.values()}
     dense = [e for e in kinds.values() if not e.format.packed]
     packed = [e for e in kinds.values() if e.format.packed]
     if len(kinds) == 1:
         only = next(iter(kinds.values()))
-        expert = "fp4" if only.style.name == "deepseek_v4" and only.format.packed else None
-        return with_quantization(checkpoint.config, describe(only.format, only.style.name, skip), expert_dtype=expert)
+        return with_quantization(old, describe(only.format, only.style.name, skip))
     if len(dense) == 1 and dense[0].style.name.startswith("deepseek") and len(packed) <= 2:
         said = describe(dense[0].format, dense[0].style.name, skip)
-        return with_quantization(checkpoint.config, said, expert_dtype="fp4" if packed else None)
+        return with_quantization(old, said, expert_dtype="fp4" if packed else None)
+    if len(styles) == 1 and not (styles & {"deepseek", "deepseek_v4"}):
+        formats = {name: e.format for name, e in encodings.items()}
+        return with_quantization(old, describe_mixture(formats, styles.pop(), skip))
     mixture = ", ".join(f"{fmt} as {style}" for fmt, style in sorted(kinds))
-    raise CheckpointError(f"{checkpoint.path}: no config can describe this mixture: {mixture}; narrow --only or --skip")
+    raise CheckpointError(
+        f"{checkpoint.path}: no config can describe this mixture: {mixture}; "
+        "name one --style, or narrow --only or --skip"
+    )
 
 
 def _job(
@@ -200,19 +226,28 @@ def _job(
     dst: Path,
     options: ConvertOptions | DequantizeOptions,
     groups: Sequence[Sequence[Step]],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
 ) -> Job:
+    """config: None leaves all config files as they are."""
+    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+    words = (
+        (options.dtype,)
+        if isinstance(options, DequantizeOptions)
+        else (options.format, options.style, options.scale_dtype)
+    )
+    title = " ".join((tool, *(word for word in words if word)))
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     small = small_files(folder) if folder else []
+    replaced = (REPORT, PAGE) if config is None else (REPORT, PAGE, "config.json", MODELOPT_FILE)
 
     def finish(work: Path, records: Sequence[Mapping[str, Any]]) -> None:
         for path in small:
-            if path.name not in ("config.json", MODELOPT_FILE, "quantization_report.json", "quantization_report.html"):
+            if path.name not in replaced:
                 copy_file(path, work / path.name)
-        write_json(work / "config.json", config)
-        write_report(work, tool, records)
+        if config is not None:
+            write_json(work / "config.json", config)
+        write_report(work, title, records)
 
-    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
     files = (*dict.fromkeys(info.file for info in checkpoint.tensors.values()), *small)
     return Job(
         tool,

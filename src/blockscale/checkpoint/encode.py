@@ -43,7 +43,12 @@ class Encoding:
         """The tensors for a weight of logical `shape` (n, k): data, scale, global scale, input scale."""
         names = self.parts(module, static, stacked=len(shape) > 2)
         rows, cols = shape[-2:]
-        data = Spec(names.data, self.data_dtype, (*shape[:-2], *self.format.data_shape(rows, cols)))
+        if names.blocked and cols % 32:
+            raise CheckpointError(
+                f"{module}: style {self.style.name} needs a multiple of 32 columns, got {list(shape)}"
+            )
+        stored = (rows, cols // 32, 16) if names.blocked else self.format.data_shape(rows, cols)
+        data = Spec(names.data, self.data_dtype, (*shape[:-2], *stored))
         scale = Spec(names.scale, self.scale_dtype, self.scale_shape(shape))
         level = (Spec(n, "F32", shape[:-2]) for n in (names.global_scale, names.input_scale) if n)
         return (data, scale, *level)

@@ -6,12 +6,15 @@ is exact there. What cannot be done exactly is not done here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..formats import Format
 from ..layouts import decode_scale, encode_e8m0
-from ..reference import decode, encode, from_blocks, pack_fp4, to_blocks
+from ..numerics import DEFAULT_FLOOR
+from ..reference import block_amax, decode, encode, from_blocks, pack_fp4, round_scale, to_blocks
 from ..tensor import BlockScaled
 
 
@@ -24,9 +27,14 @@ def convert_exact(q: BlockScaled, fmt: Format) -> BlockScaled | None:
         return q
     if fmt.two_level != q.format.two_level:
         return None  # a second level cannot be invented, or folded, without rounding scales
-    scale = _scale_per_block(q, fmt)
-    if scale is None or not _storable(scale, fmt):
-        return None
+    for scale in _scales_to_try(q, fmt):
+        if _storable(scale, fmt) and (new := _with_scale(q, scale, fmt)) is not None:
+            return new
+    return None
+
+
+def _with_scale(q: BlockScaled, scale: Tensor, fmt: Format) -> BlockScaled | None:
+    """The same values with these scales, or None when an element is not exact in them."""
     if fmt.element == q.format.element and _nested(q.format, fmt, q.shape[-2:]):
         return BlockScaled(q.data, _stored(scale, fmt), fmt, shape=q.shape, global_scale=q.global_scale)
     value = values(q)
@@ -65,7 +73,20 @@ def _nested(old: Format, new: Format, shape: tuple[int, ...]) -> bool:
     return rows_fit and cols_fit
 
 
-def _scale_per_block(q: BlockScaled, fmt: Format) -> Tensor | None:
+def _scales_to_try(q: BlockScaled, fmt: Format) -> Iterator[Tensor]:
+    """Scales for each new block in which its values may be exact, the likeliest first.
+
+    For a narrower element with powers of two as scales there is one that is exact if any is: that of the largest
+    value. Twice as much has coarser steps, half as much does not reach. It is also the one that OCP's rule gives, so
+    MXFP4 made by that rule comes back byte for byte out of FP8.
+    """
+    if fmt.scale_rounding != "none" and fmt.max < q.format.max:
+        amax = block_amax(to_blocks(values(q).float(), fmt)).clamp(min=DEFAULT_FLOOR)
+        yield round_scale(amax, fmt, "pow2_floor")
+    yield _scale_per_block(q, fmt)
+
+
+def _scale_per_block(q: BlockScaled, fmt: Format) -> Tensor:
     """One scale for each new block that its values may be exact multiples in: fp32 `[..., grid rows, grid cols]`.
 
     Inside one old block that is the old scale. A block that joins several takes their largest, lowered by a power of

@@ -9,7 +9,7 @@ Source: the `gguf` package (reader and block formats) and llama.cpp's conversion
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BlockscaleError, CheckpointError
+from .source import slabs
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """`general.architecture` -> transformers' class."""
@@ -66,8 +67,11 @@ class GgufTensor:
     def nbytes(self) -> int:
         return self.stored_bytes
 
-    def read(self, begin: int, end: int) -> Tensor:
-        """Rows as fp32: `[end - begin, cols]`; a vector is one row."""
+    def stream(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in fp32) by slabs; a vector is one row."""
+        yield from ((begin, self._rows(begin, end)) for begin, end in slabs(self.shape, multiple))
+
+    def _rows(self, begin: int, end: int) -> Tensor:
         from gguf import dequantize
 
         stored = _reader(self.path).tensors[self.index]

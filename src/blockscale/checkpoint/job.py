@@ -14,45 +14,33 @@ The result does not depend on kills, the number of workers or the clock.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError
 from .config import load_json
 from .errors import DestinationError
-from .steps import Advance, Step
-from .writer import ShardWriter, Spec, index_of, shard_checksums, sync_folder, write_json
+from .fingerprint import fingerprint, require_same
+from .shards import Shard
+from .steps import Step
+from .writer import ShardWriter, index_of, shard_checksums, sync_folder, write_json
 
 MANIFEST = "blockscale_manifest.json"
 UNFINISHED = ".unfinished"
 _RECORDS, _REQUEST, _LOCK = "records", "job.json", ".lock"
+_TELL = 1 << 24
+"""Bytes of a source between two "advance" events."""
 
 Event = Mapping[str, Any]
-"""{"event": "start" | "advance" | "shard" | "done", …}: what progress bars and --json lines are made of."""
+"""What progress bars and --json lines are made of: {"event": "start", shards, bytes}, {"event": "advance", name,
+bytes}, {"event": "shard", name, bytes}, {"event": "done", …} (`scaleout.carry_out`). bytes are the source's."""
 Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file and the steps that fill it."""
-
-    name: str
-    steps: tuple[Step, ...]
-
-    @property
-    def specs(self) -> list[Spec]:
-        return [spec for step in self.steps for spec in step.outputs]
-
-    @property
-    def nbytes_in(self) -> int:
-        return sum(step.nbytes for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -106,8 +94,9 @@ def run_job(job: Job, listen: Listener = lambda event: None) -> Result:
     if finished := already_done(job):
         return finished
     with prepared(job):
+        tell_start(job.shards, listen)
         kept = run_shards(job, job.shards, listen)
-        return conclude(job, kept, listen)
+        return conclude(job, kept)
 
 
 def already_done(job: Job) -> Result | None:
@@ -119,9 +108,14 @@ def already_done(job: Job) -> Result | None:
     if not (job.dst / MANIFEST).is_file():
         raise DestinationError(f"{job.dst}: exists and was not made by blockscale; it is left as it is")
     manifest = load_json(job.dst / MANIFEST)
-    _require_same(job, manifest, job.dst, [step for record in manifest["shards"] for step in record["steps"]])
     steps = tuple(step for record in manifest["shards"] for step in record["steps"])
+    _check_same(job, manifest, job.dst, steps)
     return Result(job.dst, True, len(job.shards), len(job.shards), steps)
+
+
+def _check_same(job: Job, old: Mapping[str, Any], where: Path, recorded: Iterable[Mapping[str, Any]]) -> None:
+    steps = (step for shard in job.shards for step in shard.steps)
+    require_same(job.request, old, where, strict=job.strict, recorded=recorded, steps=steps)
 
 
 @contextmanager
@@ -140,7 +134,7 @@ def prepared(job: Job) -> Iterator[None]:
         if not job.dst.exists() and not work.is_dir():
             raise DestinationError(f"{work}: another run has just finished")
         if (work / _REQUEST).is_file():
-            _require_same(job, load_json(work / _REQUEST), work, list(_known_steps(job)))
+            _check_same(job, load_json(work / _REQUEST), work, _known_steps(job))
         elif stray := next((p for p in work.iterdir() if p.name != _LOCK and not p.name.endswith(".partial")), None):
             raise DestinationError(f"{work}: holds {stray.name} and no {_REQUEST}: not an unfinished run")
         for leftover in work.glob("*.partial"):
@@ -155,9 +149,14 @@ def prepared(job: Job) -> Iterator[None]:
             raise
 
 
-def run_shards(job: Job, shards: Sequence[Shard], listen: Listener) -> int:
+def tell_start(shards: Sequence[Shard], listen: Listener) -> None:
+    """The first event: what is to be done."""
+    listen({"event": "start", "shards": len(shards), "bytes": sum(shard.nbytes_in for shard in shards)})
+
+
+def run_shards(job: Job, shards: Iterable[Shard], listen: Listener) -> int:
     """Make the shards that are not there yet. Returns how many were."""
-    listen({"event": "start", "shards": len(shards), "bytes": sum(s.nbytes_in for s in shards)})
+    _keep_freed_memory()
     kept = 0
     for shard in shards:
         if _is_kept(job, shard):
@@ -165,11 +164,18 @@ def run_shards(job: Job, shards: Sequence[Shard], listen: Listener) -> int:
             listen({"event": "advance", "name": shard.name, "bytes": shard.nbytes_in})
         else:
             _make(job, shard, listen)
-        listen({"event": "shard", "name": shard.name})
+        listen({"event": "shard", "name": shard.name, "bytes": shard.nbytes_in})
     return kept
 
 
-def conclude(job: Job, kept: int, listen: Listener) -> Result:
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system when they are freed, and gets them again, page by page, for the next
+    slab: a fifth of all time. Once it has seen a large block freed it keeps smaller ones (`mallopt(3)`, dynamic mmap
+    threshold, at most 32 MB). The block is never touched, so it costs no memory."""
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def conclude(job: Job, kept: int) -> Result:
     """Small files, index, manifest, and the rename that makes DST exist. All shards must be finished."""
     work = job.work
     records = [_read_record(job, shard) for shard in job.shards]
@@ -190,7 +196,6 @@ def conclude(job: Job, kept: int, listen: Listener) -> Result:
     sync_folder(work)
     work.rename(job.dst)
     sync_folder(job.dst.parent)
-    listen({"event": "done", "path": str(job.dst), "shards": len(job.shards), "kept": kept})
     return Result(job.dst, False, kept, len(job.shards), steps)
 
 
@@ -198,13 +203,32 @@ def _make(job: Job, shard: Shard, listen: Listener) -> None:
     with ShardWriter(job.work / shard.name, shard.specs) as writer:
         steps = []
         for step in shard.steps:
-            steps.append(step.run(writer.write, _advance(step, listen)))
+            advance = _Advance(step, listen)
+            steps.append(step.run(writer.write, advance))
+            advance.finish()
     record = {"shard": shard.name, "size": writer.size, "checksums": writer.checksums(), "steps": steps}
     write_json(_record_path(job, shard), record)
 
 
-def _advance(step: Step, listen: Listener) -> Advance:
-    return lambda n: listen({"event": "advance", "name": step.name, "bytes": n})
+class _Advance:
+    """Tells of the bytes of a step that were dealt with, but not a thousand times a second."""
+
+    def __init__(self, step: Step, listen: Listener) -> None:
+        self._step, self._listen = step, listen
+        self._waiting, self._left = 0, step.nbytes
+
+    def __call__(self, n: int) -> None:
+        self._waiting += n
+        if self._waiting >= _TELL:
+            self._tell(self._waiting)
+
+    def finish(self) -> None:
+        """What was not told yet, scales and all."""
+        self._tell(self._left)
+
+    def _tell(self, n: int) -> None:
+        self._listen({"event": "advance", "name": self._step.name, "bytes": n})
+        self._waiting, self._left = 0, self._left - n
 
 
 def _is_kept(job: Job, shard: Shard) -> bool:
@@ -237,87 +261,3 @@ def _known_steps(job: Job) -> Iterator[Mapping[str, Any]]:
     for shard in job.shards:
         if record := _read_record(job, shard):
             yield from record["steps"]
-
-
-# -- is it the same source? --------------------------------------------------------------------------------------
-
-
-def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
-    """size, time of change and a hash of the header (or of all of a small file) of every source file."""
-    return {path.name: _file_fingerprint(path) for path in files}
-
-
-def _file_fingerprint(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    with path.open("rb") as f:
-        head = f.read(8)
-        claimed = int.from_bytes(head, "little") if path.suffix == ".safetensors" else 1 << 20
-        head += f.read(min(claimed, stat.st_size))
-    times = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
-    return {**times, "head": hashlib.sha256(head).hexdigest()}
-
-
-def _require_same(job: Job, old: Mapping[str, Any], where: Path, steps: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DestinationError unless `old` is the same request of the same, unchanged source.
-
-    Files whose times differ (a copied or touched source) are compared by content: every tensor that the earlier run
-    has read is read again and must have the checksum that was recorded.
-    """
-    new = json.loads(json.dumps(job.request))
-    options = dict(old.get("options", {}))
-    options |= {key: new["options"][key] for key, strict in job.strict.items() if options.get(key) == strict}
-    for key, value in (("tool", old.get("tool")), ("options", options)):
-        if value != new[key]:
-            raise DestinationError(f"{where}: holds {_request_text(old)}, asked for {_request_text(new)}; delete one")
-    before, now = old.get("source", {}), new["source"]
-    for name in sorted(before.keys() | now.keys()):
-        if name not in now or name not in before:
-            raise DestinationError(f"{where}: the source changed: {name} {'is gone' if name in before else 'is new'}")
-        if any(before[name].get(key) != now[name][key] for key in ("size", "head")):
-            raise DestinationError(f"{where}: the source changed: {name} is not what it was")
-    if before == now:
-        return
-    recorded = {step["name"]: step["checksum"] for step in steps}
-    for shard in job.shards:
-        for step in shard.steps:
-            said = next((recorded[n] for n in _step_names(step) if n in recorded), None)
-            if said is not None and step.checksum() != said:
-                raise DestinationError(f"{where}: the source changed: {step.name} has other values than before")
-
-
-def _step_names(step: Step) -> Iterator[str]:
-    from .names import module_of
-
-    yield from (step.outputs[0].name, module_of(step.outputs[0].name))
-
-
-def _request_text(request: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in request.get("options", {}).items() if v not in (None, [], False))
-    return f"{request.get('tool')} ({options})"
-
-
-def pack_shards(groups: Sequence[Sequence[Step]], limit: int) -> tuple[Shard, ...]:
-    """Steps in order into shards of at most `limit` output bytes; a group (one source file) is never mixed."""
-    packed: list[list[Step]] = []
-    for group in groups:
-        room = 0
-        for step in group:
-            size = sum(spec.nbytes for spec in step.outputs)
-            if room < size or not packed:
-                packed.append([])
-                room = limit
-            packed[-1].append(step)
-            room -= size
-    if len(packed) == 1:
-        return (Shard("model.safetensors", tuple(packed[0])),)
-    total = len(packed)
-    return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(s)) for i, s in enumerate(packed, 1))
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A small file, atomically and durably."""
-    temporary = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, temporary)
-    with temporary.open("rb") as f:
-        os.fsync(f.fileno())
-    temporary.replace(target)

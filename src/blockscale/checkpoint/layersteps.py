@@ -17,7 +17,7 @@ from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
 from .exact import convert_exact, values
-from .files import read_bytes
+from .files import ByteReader, read_bytes
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of
@@ -39,7 +39,10 @@ class LayerSource:
         return math.prod(self.layer.shape[:-2])
 
     def slabs(self, multiple: int, total: Checksum | None = None) -> Iterator[tuple[int, int, BlockScaled]]:
-        """(matrix, first row, slab) in order. multiple: slabs start at multiples of so many rows. total: is updated."""
+        """(matrix, first row, slab) in order; a slab's data is overwritten when the next is asked for.
+
+        multiple: slabs start at multiples of so many rows. total: is updated.
+        """
         layer = self.layer
         rows, cols = layer.shape[-2:]
         info = self.infos[layer.parts.data]
@@ -47,20 +50,29 @@ class LayerSource:
         block_rows = layer.format.block_shape(rows, cols)[0]
         scales = self._scales(total)
         per_matrix = scales.scale.reshape(self.matrices, *scales.scale.shape[-2:])
-        for matrix in range(self.matrices):
-            for begin, end in row_ranges(rows, cols, math.lcm(multiple, layer.format.block[0] or 1)):
-                at = (matrix * rows + begin) * width * info.torch_dtype.itemsize
-                piece = read_bytes(info, at, at + (end - begin) * width * info.torch_dtype.itemsize)
-                if total is not None:
-                    total.update(piece)
-                yield matrix, begin, BlockScaled(
-                    piece.view(info.torch_dtype).reshape(end - begin, width),
-                    per_matrix[matrix, begin // block_rows : -(-end // block_rows)],
-                    layer.format,
-                    shape=(end - begin, cols),
-                    global_scale=_of_matrix(scales.global_scale, matrix),
-                    input_scale=_of_matrix(scales.input_scale, matrix),
-                )  # fmt: skip
+        with ByteReader(info) as reader:
+            for matrix in range(self.matrices):
+                for begin, end in self._ranges(multiple):
+                    at = (matrix * rows + begin) * width * info.torch_dtype.itemsize
+                    piece = reader.read(at, at + (end - begin) * width * info.torch_dtype.itemsize)
+                    if total is not None:
+                        total.update(piece)
+                    yield matrix, begin, BlockScaled(
+                        piece.view(info.torch_dtype).reshape(end - begin, width),
+                        per_matrix[matrix, begin // block_rows : -(-end // block_rows)],
+                        layer.format,
+                        shape=(end - begin, cols),
+                        global_scale=_of_matrix(scales.global_scale, matrix),
+                        input_scale=_of_matrix(scales.input_scale, matrix),
+                    )  # fmt: skip
+
+    def slab_count(self, multiple: int) -> int:
+        """How many `slabs` yields."""
+        return self.matrices * sum(1 for _ in self._ranges(multiple))
+
+    def _ranges(self, multiple: int) -> Iterator[tuple[int, int]]:
+        rows, cols = self.layer.shape[-2:]
+        return row_ranges(rows, cols, math.lcm(multiple, self.layer.format.block[0] or 1))
 
     def _scales(self, total: Checksum | None) -> Scales:
         small = {}
@@ -123,9 +135,7 @@ class Convert:
 
     def run(self, write: Write, advance: Advance) -> dict[str, Any]:
         layer, total = self.source.layer, Checksum()
-        rows, cols = layer.shape[-2:]
-        count = self.source.matrices * len(list(row_ranges(rows, cols, self._multiple)))
-        stats = Stats(math.prod(layer.shape), count, self.full_report)
+        stats = Stats(math.prod(layer.shape), self.source.slab_count(self._multiple), self.full_report)
         names = self.encoding.parts(self.name, self._static, self._stacked)
         small: dict[str, list[Tensor]] = {}
         levels: dict[int, Tensor] = {}

@@ -8,14 +8,16 @@ Elsewhere `scale` multiplies and nothing else. On disk there are many words for 
 | deepseek_v4        | weight                  | scale            | weight_scale_2      | input_scale        |
 | modelopt           | weight                  | weight_scale     | weight_scale_2      | input_scale        |
 | compressed_tensors | weight or weight_packed | weight_scale     | weight_global_scale | input_global_scale |
+| gpt_oss            | <module>_blocks         | <module>_scales  | -                   | -                  |
 
-compressed-tensors' two global scales are stored as 1 / value.
+compressed-tensors' two global scales are stored as 1 / value. Both belong to NVFP4; static FP8 has a plain
+`input_scale` in every style.
 
 `weight_scale_inv` multiplies in spite of its name (DeepSeek-V3's `weight_dequant`). Stacked experts, which
 transformers stores as one tensor `experts.gate_up_proj [E, N, K]`, put the suffix on the tensor's own name.
 
-Sources: the tensor names of DeepSeek-V3, V4-Flash, Qwen3-FP8, MiniMax-M2 and their NVFP4 exports; the
-compressed-tensors and ModelOpt export formats.
+Sources: the tensor names of DeepSeek-V3, V4-Flash, Qwen3-FP8, MiniMax-M2 and their NVFP4 exports; gpt-oss;
+the compressed-tensors and ModelOpt export formats.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from ..errors import UnknownNameError
 class Parts:
     """Full tensor names of one stored weight.
 
-    inverse: global and input scale are stored as 1 / value (compressed-tensors).
+    inverse: global and input scale are stored as 1 / value (compressed-tensors). blocked: the data is `[…, N, K / 32,
+    16]` bytes, a block of 32 FP4 elements to each last row (gpt-oss).
     """
 
     data: str
@@ -39,6 +42,12 @@ class Parts:
     global_scale: str | None = None
     input_scale: str | None = None
     inverse: bool = False
+    blocked: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that the weight belongs to."""
+        return self.data.removesuffix(_BLOCKS) if self.blocked else module_of(self.data)
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -56,26 +65,31 @@ class Style:
     global_scale: str = "weight_scale_2"
     input_scale: str = "input_scale"
     inverse: bool = False
+    blocked: bool = False
 
     def parts(self, module: str, *, packed: bool, two_level: bool, static: bool, stacked: bool = False) -> Parts:
         """Names for one module. packed: FP4 data; two_level: has a global scale; static: has an input scale.
 
         stacked: several experts in one tensor, which is itself called `module`.
         """
+        if self.blocked:
+            return Parts(module + _BLOCKS, module + _BLOCK_SCALES, blocked=True)
+        inverse = self.inverse and two_level
+        given = self.input_scale if two_level else "input_scale"
         if stacked:
             return Parts(
                 data=module,
                 scale=f"{module}_{self.scale.removeprefix('weight_')}",
                 global_scale=f"{module}_{self.global_scale.removeprefix('weight_')}" if two_level else None,
-                input_scale=f"{module}_{self.input_scale}" if static else None,
-                inverse=self.inverse,
+                input_scale=f"{module}_{given}" if static else None,
+                inverse=inverse,
             )
         return Parts(
             data=f"{module}.{self.packed_data if packed else self.data}",
             scale=f"{module}.{self.scale}",
             global_scale=f"{module}.{self.global_scale}" if two_level else None,
-            input_scale=f"{module}.{self.input_scale}" if static else None,
-            inverse=self.inverse,
+            input_scale=f"{module}.{given}" if static else None,
+            inverse=inverse,
         )
 
 
@@ -93,6 +107,7 @@ STYLES = {
             input_scale="input_global_scale",
             inverse=True,
         ),
+        Style("gpt_oss", scale="", blocked=True),
     )
 }
 
@@ -106,6 +121,7 @@ def get_style(name: str) -> Style:
 
 WEIGHT = ".weight"
 _PACKED = ".weight_packed"
+_BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
 _PART = re.compile(
     r"(.*)(\.weight_scale_inv|\.weight_scale_2|\.weight_scale|\.weight_global_scale|\.input_global_scale"
     r"|\.input_scale|\.activation_scale|\.scale|_scale_inv)"
@@ -127,6 +143,8 @@ def weight_of(module: str) -> str:
 
 def find_parts(data: str, names: Collection[str]) -> Parts | None:
     """The parts that belong to the tensor `data`, or None when no scale is stored for it."""
+    if data.endswith(_BLOCKS) and (scales := data.removesuffix(_BLOCKS) + _BLOCK_SCALES) in names:
+        return Parts(data, scales, blocked=True)
     module = module_of(data)
     if data.endswith(_PACKED):
         candidates = [f"{module}.weight_scale"]
@@ -161,6 +179,8 @@ def scale_candidates(data: str) -> str:
 
 def style_of(parts: Parts, method: str) -> Style:
     """The style that a stored weight is in. method: the config's quant_method, where names alone do not tell."""
+    if parts.blocked:
+        return STYLES["gpt_oss"]
     if parts.inverse or parts.data.endswith(_PACKED) or method == "compressed-tensors":
         return STYLES["compressed_tensors"]
     if parts.scale.endswith(("_scale_inv", "weight_scale_inv")):

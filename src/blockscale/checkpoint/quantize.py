@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 from ..formats import Format, get_format
-from .config import describe, with_quantization
+from .describe import describe, with_quantization
 from .encode import Encoding, make_encoding
 from .gguf import read_gguf, save_tokenizer
-from .job import Job, Listener, Result, copy_file, pack_shards
+from .job import Job, Listener, Result
 from .names import module_of
 from .reader import open_checkpoint
 from .report import write_report
 from .scaleout import carry_out
+from .shards import pack_shards
 from .source import FileTensor, SourceTensor
 from .steps import Copy, Quantize, Step, is_matrix
-from .writer import write_json
+from .writer import copy_file, write_json
 
 SKIP = (
     "*embed*",

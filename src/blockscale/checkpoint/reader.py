@@ -1,12 +1,11 @@
-"""Open a checkpoint and say what is stored, from its headers.
+"""Open a checkpoint and load its weights.
 
-`open_checkpoint` reads headers and configs only. What a weight is follows from its tensors; where the config says
-otherwise, that is an error that shows both. `load` then gives the bytes as stored.
+`open_checkpoint` reads headers and configs only (`layers` tells what is stored); `load` gives the bytes as stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,42 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..formats import FORMATS, Format, get_format
 from ..layouts import decode_scale
 from ..tensor import BlockScaled
 from .config import QuantConfig, read_config
 from .files import ShardReader, list_tensors
 from .header import TensorInfo, dtype_code
-from .names import Parts, find_parts, module_of, owner_of_scale, scale_candidates
+from .layers import StoredLayer, find_layers
 
-_FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8e5m2", "F8_E4M3FNUZ": "fp8fnuz"}
-_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "U8")
-_E8M0 = ("F8_E8M0", "U8")
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """One block-scaled weight on disk.
-
-    name: the module, e.g. "model.layers.0.mlp.down_proj". shape: logical `(n, k)`, or `(experts, n, k)`, in elements.
-    scale_dtype: as stored ("F32", "F8_E8M0", "U8" …). parts: the tensors that make it up. file: where the data is.
-    nbytes: of all parts.
-    """
-
-    name: str
-    format: Format
-    shape: tuple[int, ...]
-    scale_dtype: str
-    parts: Parts
-    file: Path
-    nbytes: int
-
-    @property
-    def ragged(self) -> bool:
-        """Whether a block is cut off at an edge."""
-        rows, cols = self.shape[-2:]
-        br, bc = self.format.block_shape(rows, cols)
-        return rows % br != 0 or cols % bc != 0
+__all__ = ["Checkpoint", "Scales", "StoredLayer", "assemble", "open_checkpoint", "scales_of"]
 
 
 @dataclass(frozen=True)
@@ -117,129 +88,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     tensors = list_tensors(path)
     config, quantization = read_config(path if path.is_dir() else path.parent)
-    layers = list(_layers(tensors, quantization))
+    layers = list(find_layers(tensors, quantization))
     return Checkpoint(path, tensors, layers, config, quantization)
-
-
-def _layers(tensors: Mapping[str, TensorInfo], config: QuantConfig) -> Iterator[StoredLayer]:
-    claimed: set[str] = set()
-    for info in tensors.values():
-        parts = find_parts(info.name, tensors) if len(info.shape) >= 2 else None
-        if parts is None:
-            if info.dtype in _FP8 and len(info.shape) >= 2 and info.name not in claimed:
-                if _is_scale_of_something(info.name, tensors):
-                    continue
-                raise CheckpointError(
-                    f"{info.file}: {info}: has no scale, needs {scale_candidates(info.name)} ({config})"
-                )
-            continue
-        if info.dtype not in (*_FP8, "U8", "I8"):
-            raise CheckpointError(
-                f"{info.file}: {info}: is not quantized, yet {tensors[parts.scale]} is stored for it ({config})"
-            )
-        claimed.update(parts.all)
-        yield _layer(info, parts, tensors, config)
-    for name, info in tensors.items():
-        owner = owner_of_scale(name)
-        if owner is not None and name not in claimed:
-            raise CheckpointError(f"{info.file}: {info}: a scale without its weight ({owner}.weight)")
-
-
-def _is_scale_of_something(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """NVFP4's block scales are E4M3 themselves."""
-    owner = owner_of_scale(name)
-    return owner is not None and (f"{owner}.weight" in tensors or f"{owner}.weight_packed" in tensors)
-
-
-def _layer(info: TensorInfo, parts: Parts, tensors: Mapping[str, TensorInfo], config: QuantConfig) -> StoredLayer:
-    scale = tensors[parts.scale]
-    module = module_of(info.name)
-    packed = info.dtype in ("U8", "I8")
-    *lead, rows, width = info.shape
-    shape = (*lead, rows, width * 2 if packed else width)
-    level = tensors[parts.global_scale] if parts.global_scale else None
-    fmt = _fp4_format(info, scale, level, shape) if packed else _fp8_format(info, scale, shape, config, module)
-    said = config.formats(module)
-    if packed and said and fmt.name not in [f.name for f in said]:
-        raise _disagree(info, scale, config, f"stored is {fmt}, the config allows {', '.join(map(str, said))}")
-    nbytes = sum(tensors[name].nbytes for name in parts.all)
-    return StoredLayer(module, fmt, shape, scale.dtype, parts, info.file, nbytes)
-
-
-def _fp4_format(info: TensorInfo, scale: TensorInfo, level: TensorInfo | None, shape: tuple[int, ...]) -> Format:
-    """MXFP4 has E8M0 scales (or their bytes) for 32 elements, NVFP4 E4M3 scales for 16 and a global scale."""
-    for name, dtypes in (("mxfp4", (*_E8M0, "F32", "BF16")), ("nvfp4", ("F8_E4M3",))):
-        fmt = FORMATS[name]
-        if scale.dtype in dtypes:
-            _check_grid(info, scale, fmt, shape)
-            if fmt.two_level and level is None:
-                raise CheckpointError(
-                    f"{info.file}: {info}: nvfp4 needs a global scale beside {scale.name}, found none"
-                )
-            return fmt
-    raise CheckpointError(
-        f"{info.file}: {info}: packed FP4 needs a scale in F8_E8M0, U8, F32, BF16 (mxfp4), F8_E4M3 (nvfp4), got {scale}"
-    )
-
-
-def _fp8_format(
-    info: TensorInfo, scale: TensorInfo, shape: tuple[int, ...], config: QuantConfig, module: str
-) -> Format:
-    """The block size that the config gives, if the scale's grid is that; never one that is guessed from shapes."""
-    if scale.dtype not in _SCALES or scale.dtype == "F8_E4M3":
-        raise CheckpointError(f"{info.file}: {info}: scale needs one of F32, BF16, F16, F8_E8M0, U8, got {scale}")
-    element = _FP8[info.dtype]
-    said = [f for f in config.formats(module) if not f.packed]
-    structural = [get_format(f"{element}_tensor"), get_format(f"{element}_row")]
-    if scale.dtype in _E8M0:
-        structural.append(FORMATS["mxfp8"] if element == "fp8" else get_format(f"{element}_1x32"))
-    for fmt in said or structural:
-        if fmt.element.name == element and _grid_fits(scale, fmt, shape):
-            return _with_rounding(fmt, scale, config)
-    if said:
-        first = next((f for f in said if f.block[0]), said[0])
-        if first.element.name != element:
-            raise _disagree(info, scale, config, f"data is {element}, the config allows {', '.join(map(str, said))}")
-        need = list(first.scale_shape(*shape[-2:]))
-        raise _disagree(info, scale, config, f"{first.name} needs scale {[*shape[:-2], *need]}")
-    raise CheckpointError(
-        f"{info.file}: {info}: cannot tell the block size of {scale}: {config}, and it is never guessed from shapes"
-    )
-
-
-def _with_rounding(fmt: Format, scale: TensorInfo, config: QuantConfig) -> Format:
-    """Powers of two where the storage dtype or the config says so."""
-    if fmt.scale_rounding == "none" and (scale.dtype in _E8M0 or config.scale_fmt == "ue8m0"):
-        return get_format(f"{fmt.name}_ue8m0")
-    return fmt
-
-
-def _grid(scale: TensorInfo) -> tuple[int, ...]:
-    """The scale's shape as a grid: ModelOpt stores blocks as [gr, 1, gc, 1], channels as [n], a tensor's as []."""
-    shape = scale.shape
-    if len(shape) == 4 and shape[1] == shape[3] == 1:
-        return shape[0], shape[2]
-    if len(shape) == 1:
-        return shape[0], 1
-    return shape or (1, 1)
-
-
-def _grid_fits(scale: TensorInfo, fmt: Format, shape: tuple[int, ...]) -> bool:
-    want = fmt.scale_shape(*shape[-2:])
-    grid = _grid(scale)
-    if len(shape) > 2 and len(grid) == 2 and grid[0] == shape[0] and grid[1] == 1 and want == (1, 1):
-        return True  # stacked experts with one scale each
-    return grid == (*shape[:-2], *want)
-
-
-def _check_grid(info: TensorInfo, scale: TensorInfo, fmt: Format, shape: tuple[int, ...]) -> None:
-    if not _grid_fits(scale, fmt, shape):
-        want = [*shape[:-2], *fmt.scale_shape(*shape[-2:])]
-        raise CheckpointError(f"{scale.file}: {info}: {fmt} of {list(shape)} needs scale {want}, got {scale}")
-
-
-def _disagree(info: TensorInfo, scale: TensorInfo, config: QuantConfig, why: str) -> CheckpointError:
-    return CheckpointError(f"{info.file}: {info} with {scale}: {why}; config and tensors disagree ({config})")
 
 
 @dataclass(frozen=True)
@@ -277,7 +127,7 @@ def scales_of(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConf
 def assemble(layer: StoredLayer, parts: Mapping[str, Tensor], config: QuantConfig | None = None) -> BlockScaled:
     """BlockScaled from the stored tensors of a layer. Raises CheckpointError for scales that cannot multiply."""
     s = scales_of(layer, parts, config)
-    data = parts[layer.parts.data]
+    data = parts[layer.parts.data].reshape(*layer.shape[:-2], *layer.format.data_shape(*layer.shape[-2:]))
     return BlockScaled(
         data, s.scale, layer.format, shape=layer.shape, global_scale=s.global_scale, input_scale=s.input_scale
     )

@@ -10,7 +10,7 @@ import html
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,48 @@ def write_report(folder: Path, what: str, records: Sequence[Mapping[str, Any]]) 
     """Both files, from the records of a job's steps. what: e.g. the format, for the title."""
     hidden = ("step", "checksum")
     tensors = [{k: v for k, v in r.items() if k not in hidden} for r in records if "relative_error" in r]
-    ordered = sorted(tensors, key=lambda t: -float(t["relative_error"]))
-    count = max(1, len(tensors))
-    summary = {
-        "what": what,
-        "tensors": len(tensors),
-        "copied": sum(r["step"] == "copy" for r in records),
-        "mean_relative_error": sum(float(t["relative_error"]) for t in tensors) / count,
-        "max_relative_error": float(ordered[0]["relative_error"]) if ordered else 0.0,
-        "worst": [t["name"] for t in ordered[:10]],
-    }
+    copied = sum(r["step"] == "copy" for r in records)
+    summary = {"what": what, "tensors": len(tensors), "copied": copied, **error_summary(records)}
     write_json(folder / REPORT, {"summary": summary, "tensors": tensors})
     write_text(folder / PAGE, page(what, summary, tensors))
+
+
+def error_summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """{measured: weights, mean_relative_error, max_relative_error, worst: up to ten names, the worst first}."""
+    found = sorted(
+        ((float(r["relative_error"]), str(r["name"])) for r in records if "relative_error" in r), reverse=True
+    )
+    return {
+        "measured": len(found),
+        "mean_relative_error": sum(error for error, _ in found) / max(1, len(found)),
+        "max_relative_error": found[0][0] if found else 0.0,
+        "worst": [name for _, name in found[:10]],
+    }
 
 
 def page(what: str, summary: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> str:
     """The HTML page."""
     title = f"Quantization report: {html.escape(what)}"
     body = [f"<h1>{title}</h1>", f"<p>{_sentence(summary)}</p>"]
-    if tensors:
+    changed = [t for t in tensors if float(t["relative_error"]) > 0]
+    if changed:
         body += [
             "<h2>Error by layer and kind</h2>",
-            "<p class=note>Relative error ‖x − y‖ / ‖x‖ of each weight, on an axis that need not start at zero.</p>",
+            f"<p class=note>Relative error ‖x − y‖ / ‖x‖ of each weight, on an axis that need not start at zero"
+            f"{_measured(tensors)}.</p>",
             dots(_by_layer(tensors), "layer", "relative error"),
+        ]
+    if scales := _scales(tensors):
+        body += [
             "<h2>Scales</h2>",
             "<p class=note>How many block scales lie between 2<sup>e</sup> and 2<sup>e+1</sup>.</p>",
-            bars(_scales(tensors), "exponent e", "scales"),
-            "<h2>The ten worst</h2>",
-            _table(sorted(tensors, key=lambda t: -float(t["relative_error"]))[:10]),
-            "<h2>By kind</h2>",
-            _kinds_table(tensors),
+            bars(scales, "exponent e", "scales"),
         ]
+    if changed:
+        worst = sorted(changed, key=lambda t: -float(t["relative_error"]))[:10]
+        body += [f"<h2>The {'ten ' if len(worst) == 10 else ''}worst</h2>", _table(worst)]
+    if tensors:
+        body += ["<h2>By kind</h2>", _kinds_table(tensors)]
     return (
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{title}</title>\n<style>{_STYLE}</style>\n"
         + "\n".join(body)
@@ -74,10 +85,22 @@ def page(what: str, summary: Mapping[str, Any], tensors: Sequence[Mapping[str, A
 
 
 def _sentence(summary: Mapping[str, Any]) -> str:
-    return (
-        f"{summary['tensors']} weights changed, {summary['copied']} tensors copied as they were. Relative error "
-        f"{summary['mean_relative_error']:.4f} on average, {summary['max_relative_error']:.4f} at worst."
-    )
+    counts = f"{summary['tensors']} weights written in the new format, {summary['copied']} tensors copied as they were."
+    if not summary["max_relative_error"]:
+        return f"{counts} No value changed." if summary["tensors"] else counts
+    mean, worst = summary["mean_relative_error"], summary["max_relative_error"]
+    return f"{counts} Relative error {_error(mean)} on average, {_error(worst)} at worst."
+
+
+def _measured(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Which share of the elements the errors were measured on, if not all."""
+    total = sum(math.prod(t["shape"]) for t in tensors)
+    measured = sum(int(t.get("measured", math.prod(t["shape"]))) for t in tensors)
+    return f"; measured on {measured / total:.1%} of the elements" if measured < total else ""
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0 else f"{value:.4f}" if value >= 0.001 else f"{value:.1e}"
 
 
 def kind_of(name: str) -> tuple[int | None, str]:
@@ -107,7 +130,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "<tr><th>weight<th>shape<th class=n>relative error<th class=n>SQNR, dB<th class=n>clipped<th class=n>to zero"
     lines = [
         f"<tr><td><code>{html.escape(str(t['name']))}</code><td>{' × '.join(map(str, t['shape']))}"
-        f"<td class=n>{float(t['relative_error']):.4f}<td class=n>{_decibel(t)}"
+        f"<td class=n>{_error(float(t['relative_error']))}<td class=n>{_decibel(t)}"
         f"<td class=n>{float(t.get('clipped', 0)):.2%}<td class=n>{float(t.get('zeros', 0)):.2%}"
         for t in rows
     ]
@@ -125,8 +148,8 @@ def _kinds_table(tensors: Sequence[Mapping[str, Any]]) -> str:
         groups[kind_of(str(t["name"]))[1]].append(float(t["relative_error"]))
     head = "<tr><th>kind<th class=n>weights<th class=n>mean<th class=n>worst"
     lines = [
-        f"<tr><td><code>{html.escape(kind)}</code><td class=n>{len(e)}<td class=n>{sum(e) / len(e):.4f}"
-        f"<td class=n>{max(e):.4f}"
+        f"<tr><td><code>{html.escape(kind)}</code><td class=n>{len(e)}<td class=n>{_error(sum(e) / len(e))}"
+        f"<td class=n>{_error(max(e))}"
         for kind, e in sorted(groups.items(), key=lambda item: -max(item[1]))
     ]
     return "<table>" + "\n".join([head, *lines]) + "</table>"

@@ -1,6 +1,7 @@
 """One job by many processes: workers on one machine, or ranks under torchrun on many.
 
-Shards are divided by bytes. Every process plans the same job from the same headers, so only shard numbers travel.
+Shards are handed to workers as they become free, and divided by bytes among ranks. Every process plans the same job
+from the same headers, so only shard numbers travel.
 Workers are spawned, not forked (threads of torch do not survive a fork), and end with their parent.
 """
 
@@ -22,7 +23,9 @@ import torch
 
 from ..errors import BlockscaleError, CheckpointError
 from .errors import DestinationError, InexactError, NotFiniteError
-from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards
+from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards, tell_start
+from .report import error_summary
+from .shards import Shard
 
 Planner = Callable[[Path, Path, Any], Job]
 """(source, destination, options) -> Job; a module-level function, the same in every process."""
@@ -35,21 +38,29 @@ _KINDS: Mapping[str, type[Exception]] = {
 def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int, listen: Listener) -> Result:
     """Plan and run a job: under torchrun with its ranks, otherwise with `workers` processes.
 
-    Raises what the job raises, from whichever process.
+    The last event is {"event": "done", path, existed, shards, kept, tensors, and of what was measured: measured,
+    mean_relative_error, max_relative_error, worst}. Raises what the job raises, from whichever process.
     """
     if workers < 1:
         raise BlockscaleError(f"workers: needs at least 1, got {workers}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _run_rank(planner(src, dst, options), listen)
     job = planner(src, dst, options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _run_rank(job, listen)
     workers = min(workers, len(job.shards))
     if workers == 1:
-        return run_job(job, listen)
-    if finished := already_done(job):
-        return finished
-    with prepared(job):
-        kept = _run_workers(job, planner, options, workers, listen)
-        return conclude(job, kept, listen)
+        result = run_job(job, listen)
+    elif finished := already_done(job):
+        result = finished
+    else:
+        with prepared(job):
+            result = conclude(job, _run_workers(job, planner, options, workers, listen))
+    _tell_done(result, listen)
+    return result
+
+
+def _tell_done(result: Result, listen: Listener) -> None:
+    said = {"path": str(result.path), "existed": result.existed, "shards": result.shards, "kept": result.kept}
+    listen({"event": "done", **said, "tensors": len(result.records), **error_summary(result.records)})
 
 
 def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:
@@ -67,70 +78,134 @@ def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def _run_workers(job: Job, planner: Planner, options: Any, workers: int, listen: Listener) -> int:
-    listen({"event": "start", "shards": len(job.shards), "bytes": sum(s.nbytes_in for s in job.shards)})
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // workers)
-    running: dict[Connection, BaseProcess] = {}
-    for share in divide([s.nbytes_in for s in job.shards], workers):
-        receive, send = context.Pipe(duplex=False)
-        args = (planner, job.source, job.dst, options, share, threads, send)
-        process: BaseProcess = context.Process(target=_work, args=args)
-        process.start()
-        send.close()  # so that the end of the worker is the end of the pipe
-        running[receive] = process
-    kept = 0
+    """This process works too: it has torch imported already, and the others take seconds to start."""
+    tell_start(job.shards, listen)
+    threads = torch.get_num_threads()
+    team = _Team(job, planner, options, workers - 1, max(1, threads // workers), listen)
     try:
-        for message in _messages(running):
-            if message["event"] == "kept":
-                kept += message["count"]
-            elif message["event"] != "start":
-                listen(message)
+        torch.set_num_threads(max(1, threads // workers))
+        kept = run_shards(job, (job.shards[i] for i in team.shares()), team.hear)
+        return kept + team.join()
     finally:
-        for process in running.values():
+        team.end()
+        torch.set_num_threads(threads)
+
+
+class _Team:
+    """Spawned workers, and the thread that hands them shards and hears what they say.
+
+    Shards are handed out one by one, the largest first, to whoever is free. The first failure stops all: it is raised
+    in the thread that works here, at its next event.
+    """
+
+    def __init__(self, job: Job, planner: Planner, options: Any, count: int, threads: int, listen: Listener) -> None:
+        self._left = sorted(range(len(job.shards)), key=lambda i: (job.shards[i].nbytes_in, -i))  # taken from the end
+        self._listen, self._lock = listen, threading.Lock()
+        self._failure: Exception | None = None
+        self._kept = 0
+        context = multiprocessing.get_context("spawn")
+        self._running: dict[Connection, BaseProcess] = {}
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            args = (planner, job.source, job.dst, options, threads, theirs)
+            process: BaseProcess = context.Process(target=_work, args=args)
+            process.start()
+            theirs.close()  # so that the end of the worker is the end of the pipe
+            self._running[ours] = process
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def shares(self) -> Iterator[int]:
+        """Numbers of the shards that this process shall make. Raises what a worker raised."""
+        while (index := self._take()) is not None:
+            yield index
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """A listener for the work of this process. Raises what a worker raised."""
+        if self._failure is not None:
+            raise self._failure
+        with self._lock:
+            self._listen(event)
+
+    def join(self) -> int:
+        """Wait until all are done. Returns how many shards the workers kept. Raises what a worker raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._kept
+
+    def end(self) -> None:
+        """End the workers, whatever they do."""
+        for process in self._running.values():
             process.terminate()
             process.join()
-    return kept
+        self._thread.join()
+
+    def _take(self) -> int | None:
+        with self._lock:
+            return self._left.pop() if self._left and self._failure is None else None
+
+    def _serve(self) -> None:
+        try:
+            self._serve_all()
+        except Exception as e:  # of a listener too; raised by `hear` or `join`
+            self._failure = e
+
+    def _serve_all(self) -> None:
+        open_pipes = set(self._running)
+        while open_pipes:
+            for pipe in wait(list(open_pipes)):
+                assert isinstance(pipe, Connection)
+                try:
+                    message: dict[str, Any] = pipe.recv()
+                except (EOFError, OSError):
+                    process = self._running[pipe]
+                    process.join()
+                    raise CheckpointError(f"a worker died (exit code {process.exitcode}); run again to go on") from None
+                if message["event"] == "next":
+                    pipe.send(self._take())
+                elif message["event"] == "finished":
+                    self._kept += message["kept"]
+                    open_pipes.discard(pipe)
+                elif message["event"] == "error":
+                    raise _error_of(message)
+                else:
+                    with self._lock:
+                        self._listen(message)
 
 
-def _messages(running: dict[Connection, BaseProcess]) -> Iterator[dict[str, Any]]:
-    """Events of all workers until each has said "finished". Raises what a worker raised, or that it died."""
-    open_pipes = set(running)
-    while open_pipes:
-        for pipe in wait(list(open_pipes)):
-            assert isinstance(pipe, Connection)
-            try:
-                message: dict[str, Any] = pipe.recv()
-            except EOFError:
-                process = running[pipe]
-                process.join()
-                raise CheckpointError(f"a worker died (exit code {process.exitcode}); run again to go on") from None
-            if message["event"] == "finished":
-                open_pipes.discard(pipe)
-            elif message["event"] == "error":
-                if message["errno"] is not None:
-                    raise OSError(message["errno"], message["text"], message["file"])
-                raise _KINDS.get(message["kind"], CheckpointError)(message["text"])
-            else:
-                yield message
+def _error_of(message: Mapping[str, Any]) -> Exception:
+    """What a worker raised, as it would have been raised here."""
+    if message["errno"] is not None:
+        return OSError(message["errno"], message["text"], message["file"])
+    return _KINDS.get(message["kind"], CheckpointError)(message["text"])
 
 
-def _work(
-    planner: Planner, src: Path, dst: Path, options: Any, share: Sequence[int], threads: int, send: Connection
-) -> None:
+def _work(planner: Planner, src: Path, dst: Path, options: Any, threads: int, pipe: Connection) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _end_with_parent()
     torch.set_num_threads(threads)
+
+    def shares(job: Job) -> Iterator[Shard]:
+        while True:
+            pipe.send({"event": "next"})
+            index = pipe.recv()
+            if index is None:
+                return
+            yield job.shards[index]
+
     try:
         job = planner(src, dst, options)
-        kept = run_shards(job, [job.shards[i] for i in share], lambda event: send.send(dict(event)))
-        send.send({"event": "kept", "count": kept})
-        send.send({"event": "finished"})
+        kept = run_shards(job, shares(job), lambda event: pipe.send(dict(event)))
+        pipe.send({"event": "finished", "kept": kept})
+    except (EOFError, BrokenPipeError):
+        os._exit(1)  # the parent is gone
     except OSError as e:
         text = e.strerror or str(e)
-        send.send({"event": "error", "kind": "OSError", "errno": e.errno or 5, "text": text, "file": e.filename})
+        pipe.send({"event": "error", "kind": "OSError", "errno": e.errno or 5, "text": text, "file": e.filename})
     except BlockscaleError as e:
-        send.send({"event": "error", "kind": type(e).__name__, "errno": None, "text": str(e)})
+        pipe.send({"event": "error", "kind": type(e).__name__, "errno": None, "text": str(e)})
 
 
 def _end_with_parent() -> None:
@@ -167,16 +242,22 @@ def _run_rank(job: Job, listen: Listener) -> Result:
                     pass
             if finished is not None:
                 dist.barrier()
+                if rank == 0:
+                    _tell_done(finished, listen)
                 return finished
             share = divide([s.nbytes_in for s in job.shards], size)[rank]
+            mine = [job.shards[i] for i in share]
+            hear = listen if rank == 0 else lambda event: None
+            tell_start(mine, hear)
             with _agreed("write"):
-                kept = run_shards(job, [job.shards[i] for i in share], listen if rank == 0 else lambda event: None)
+                kept = run_shards(job, mine, hear)
             total = torch.tensor([kept])
             dist.all_reduce(total)
             result: Result | None = None
             with _agreed("conclude"):
                 if rank == 0:
-                    result = conclude(job, int(total), listen)
+                    result = conclude(job, int(total))
+                    _tell_done(result, listen)
             return result or Result(job.dst, False, int(total), len(job.shards), ())
     finally:
         if ours:

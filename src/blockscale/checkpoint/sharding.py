@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from .reader import StoredLayer
 
-RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+RANKS = range(1, 17)
 _BY_COLUMNS = ("o_proj", "down_proj", "w2", "wo", "wo_b", "o_b_proj", "out_proj", "fc2", "dense_4h_to_h", "c_proj")
 """Layers whose input is split (row-parallel in Megatron's words): K is cut. All others are cut along N."""
 _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa", "wq_a", "wkv", "kv_proj", "indexer.wk", "gate", "e_proj", "h_proj")
@@ -20,28 +21,64 @@ then kept on both sides (or the weight re-blocked). uneven: the dimension does n
 
 def fit(layer: StoredLayer, ranks: int) -> Fit:
     """How a layer splits over `ranks` ranks."""
-    if ranks == 1 or any(layer.name.endswith(f".{suffix}") for suffix in _WHOLE):
+    if ranks == 1 or _is_whole(layer):
         return "whole"
-    rows, cols = layer.shape[-2:]
-    block_rows, block_cols = layer.format.block_shape(rows, cols)
-    by_columns = layer.name.rsplit(".", 1)[-1] in _BY_COLUMNS
-    size, block = (cols, block_cols) if by_columns else (rows, block_rows)
+    size, block = _cut(layer)
     if size % ranks:
         return "uneven"
-    one_scale = (layer.format.block[1] if by_columns else layer.format.block[0]) is None
-    if one_scale or (size // ranks) % block == 0:
-        return "aligned"
-    return "inside"
+    return "aligned" if (size // ranks) % block == 0 else "inside"
+
+
+def _is_whole(layer: StoredLayer) -> bool:
+    return any(layer.name.endswith(f".{suffix}") for suffix in _WHOLE)
+
+
+def _by_columns(layer: StoredLayer) -> bool:
+    return layer.name.rsplit(".", 1)[-1] in _BY_COLUMNS
+
+
+def _cut(layer: StoredLayer) -> tuple[int, int]:
+    """Elements of the dimension that is cut, and of a block in it (1 where one scale serves the whole dimension)."""
+    axis = 1 if _by_columns(layer) else 0
+    size, block = layer.shape[-2:][axis], layer.format.block[axis]
+    return size, block or 1
+
+
+def kind_of(name: str) -> str:
+    """`model.layers.3.mlp.experts.17.w1` -> `model.layers.*.mlp.experts.*.w1`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def splits(layers: Sequence[StoredLayer], ranks: int) -> list[dict[str, Any]]:
+    """How every kind of layer splits: {kind, shape, format, layers, cut: "rows" | "columns" | None, share, block, fit}.
+
+    share: elements of the cut dimension that a rank gets (None when they do not divide); block: elements.
+    """
+    groups: dict[tuple[str, tuple[int, ...], str], list[StoredLayer]] = {}
+    for layer in layers:
+        groups.setdefault((kind_of(layer.name), layer.shape, layer.format.name), []).append(layer)
+    rows = []
+    for (kind, shape, fmt), group in groups.items():
+        (size, block), verdict = _cut(group[0]), fit(group[0], ranks)
+        row = {"kind": kind, "shape": list(shape), "format": fmt, "layers": len(group)}
+        row |= {"cut": None if verdict == "whole" else "columns" if _by_columns(group[0]) else "rows"}
+        row |= {"share": None if verdict == "uneven" else size if verdict == "whole" else size // ranks}
+        rows.append(row | {"block": block, "fit": verdict})
+    return rows
 
 
 def verdicts(layers: Sequence[StoredLayer]) -> list[dict[str, Any]]:
-    """For 1 … 16 ranks: counts by Fit, and one example of each that is not aligned."""
+    """For 1 … 16 ranks: how many layers are of each Fit, and which kinds are not on block boundaries."""
     rows = []
     for ranks in RANKS:
         fits = [fit(layer, ranks) for layer in layers]
         found: dict[str, Any] = {"ranks": ranks}
         found |= {kind: fits.count(kind) for kind in ("whole", "aligned", "inside", "uneven")}
-        found["examples"] = {kind: layers[fits.index(kind)].name for kind in ("inside", "uneven") if kind in fits}
+        found["kinds"] = {
+            which: list(dict.fromkeys(kind_of(layer.name) for layer, f in zip(layers, fits, strict=True) if f == which))
+            for which in ("inside", "uneven")
+            if which in fits
+        }
         found["verdict"] = "uneven" if found["uneven"] else "re-block" if found["inside"] else "on block boundaries"
         rows.append(found)
     return rows

@@ -10,15 +10,16 @@ from typing import Protocol
 from torch import Tensor
 
 from .checksum import Checksum
-from .files import read_bytes
+from .files import ByteReader
 from .header import TensorInfo
 
-SLAB = 1 << 22
-"""Elements read at a time (8 MB of BF16): large enough for a kernel, small enough for caches."""
+SLAB = 1 << 20
+"""Elements read at a time (2 MB of BF16): what is read is still in a cache when it is quantized, summed
+and written; a tenth as much would be all overhead, four times as much falls out of caches and costs memory."""
 
 
 class SourceTensor(Protocol):
-    """A matrix `[rows, cols]` (leading dimensions folded into rows) that can be read by rows."""
+    """A matrix `[rows, cols]` (leading dimensions folded into rows) that is read by rows."""
 
     @property
     def name(self) -> str: ...
@@ -26,12 +27,12 @@ class SourceTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> str:
-        """safetensors' code of what `read` returns."""
+        """safetensors' code of what `stream` yields."""
 
     @property
     def nbytes(self) -> int: ...
-    def read(self, begin: int, end: int) -> Tensor:
-        """Rows `begin … end` as `[end - begin, cols]`."""
+    def stream(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows `[n, cols]`) of each of `slabs`, in order; overwritten when the next are asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,13 @@ class FileTensor:
     def nbytes(self) -> int:
         return self.info.nbytes
 
-    def read(self, begin: int, end: int) -> Tensor:
+    def stream(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         rows, cols = folded(self.info.shape)
         width = self.info.nbytes // rows if rows else 0
-        return read_bytes(self.info, begin * width, end * width).view(self.info.torch_dtype).reshape(-1, cols)
+        with ByteReader(self.info) as reader:
+            for begin, end in slabs(self.info.shape, multiple):
+                piece = reader.read(begin * width, end * width).view(self.info.torch_dtype)
+                yield begin, piece.reshape(end - begin, cols)
 
 
 def folded(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -77,6 +81,6 @@ def slabs(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]
 def checksum(tensor: SourceTensor, multiple: int = 1) -> str:
     """`Checksum` of a whole source tensor, read in the slabs that a step with this `multiple` reads."""
     total = Checksum()
-    for begin, end in slabs(tensor.shape, multiple):
-        total.update(tensor.read(begin, end))
+    for _, piece in tensor.stream(multiple):
+        total.update(piece)
     return total.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,46 +15,66 @@ from ..tensor import BlockScaled
 
 SAMPLE = 1 << 18
 """Elements measured of each tensor by default. Measuring costs more than quantizing does."""
+_WINDOWS = 16
+"""Places at which they are taken, at most."""
+_GATHER = 1 << 16
+"""Scales counted at a time."""
 
 
 class Stats:
     """Error of one tensor, gathered slab by slab.
 
-    full: measure every element; otherwise up to SAMPLE of them, whole blocks spread over the tensor, the same ones in
+    full: measure every element; otherwise about SAMPLE of them, whole blocks spread over the tensor, the same ones in
     every run. Scales are always all counted.
     """
 
     def __init__(self, elements: int, slab_count: int, full: bool) -> None:
-        self._budget = elements if full else max(1, SAMPLE // max(1, slab_count))
         self._full = full or elements <= SAMPLE
+        self._every = -(-slab_count // _WINDOWS)
+        self._budget = SAMPLE // max(1, -(-slab_count // self._every))
         self._error = self._power = 0.0
         self._measured = self._clipped = self._zeros = 0
         self._scales: Counter[int] = Counter()
+        self._uncounted: list[Tensor] = []
+        self._waiting = 0
         self._amax = 0.0
 
     def add(self, x: Tensor, q: BlockScaled, index: int) -> None:
         """One slab `x: [rows, cols]` and what became of it."""
-        level = self._count_scales(q)
-        for part, stored in [(x, q)] if self._full else self._sample(x, q, index):
+        level = self._note_scales(q)
+        if self._full:
+            self._measure(x.float(), q, level)
+        elif index % self._every == 0:
+            part, stored = self._window(x, q, index // self._every)
             self._measure(part.float(), stored, level)
 
     def add_exact(self, q: BlockScaled, mixed: bool) -> None:
         """A slab `q: [rows, cols]` whose values did not change. mixed: others of the tensor may have changed."""
-        self._count_scales(q)
+        self._note_scales(q)
         self._measured += q.shape[-2] * q.shape[-1]
         if mixed:
             self._power += float(dequantize(q).square().sum(dtype=torch.float64))
 
-    def _count_scales(self, q: BlockScaled) -> float:
+    def _note_scales(self, q: BlockScaled) -> float:
+        """Keep the scales for counting; returns the global scale."""
         level = 1.0 if q.global_scale is None else float(q.global_scale)
-        scale = decode_scale(q.scale) * level
+        scale = decode_scale(q.scale).flatten()
+        self._uncounted.append(scale * level if level != 1.0 else scale)
+        self._waiting += scale.numel()
+        if self._waiting >= _GATHER:
+            self._count_scales()
+        return level
+
+    def _count_scales(self) -> None:
+        scale = torch.cat(self._uncounted) if self._uncounted else torch.zeros(0)
+        self._uncounted.clear()
+        self._waiting = 0
         exponents = torch.frexp(scale[scale > 0])[1] - 1
         found, counts = torch.unique(exponents, return_counts=True)
         self._scales.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-        return level
 
-    def _sample(self, x: Tensor, q: BlockScaled, index: int) -> Iterator[tuple[Tensor, BlockScaled]]:
-        """One window of whole blocks, at a place that moves with the slab's index."""
+    def _window(self, x: Tensor, q: BlockScaled, index: int) -> tuple[Tensor, BlockScaled]:
+        """Whole blocks of a slab, at a place that moves with the window's index."""
         rows, cols = x.shape
         br, bc = q.format.block_shape(rows, cols)
         high = min(rows, max(br, 128 // br * br))
@@ -71,26 +90,36 @@ class Stats:
             shape=(high, wide),
             global_scale=q.global_scale,
         )
-        yield x[top : top + high, left : left + wide], part
+        return x[top : top + high, left : left + wide], part
 
     def _measure(self, x: Tensor, q: BlockScaled, level: float) -> None:
-        x = torch.where(x.isfinite(), x, 0.0)
-        y = torch.where((value := dequantize(q)).isfinite(), value, 0.0)
-        self._error += float((x - y).square().sum(dtype=torch.float64))
-        self._power += float(x.square().sum(dtype=torch.float64))
+        y = dequantize(q)
+        error, power = _squares(x - y), _squares(x)
+        if not math.isfinite(error + power):  # --nan keep, where such elements do not count, or squares beyond fp32
+            x, y = (torch.where(t.isfinite(), t, 0.0).double() for t in (x, y))
+            error, power = _squares(x - y), _squares(x)
+        self._error += error
+        self._power += power
+        magnitude = x.abs()
         self._measured += x.numel()
-        self._zeros += int(((y == 0) & (x != 0)).sum())
+        self._zeros += int(((y == 0) & (magnitude > 0)).sum())
+        self._clipped += int((magnitude > self._reach(x, q, level)).sum())
+        self._amax = max(self._amax, float(magnitude.amax()) if x.numel() else 0.0)
+
+    def _reach(self, x: Tensor, q: BlockScaled, level: float) -> Tensor:
+        """The largest magnitude that each element's scale reaches; one number where all share it."""
         br, bc = q.format.block_shape(*x.shape)
-        top = decode_scale(q.scale) * (level * q.format.max)
-        top = top.repeat_interleave(br, 0)[: x.shape[0]].repeat_interleave(bc, 1)[:, : x.shape[1]]
-        self._clipped += int((x.abs() > top * (1 + 2**-20)).sum())
-        self._amax = max(self._amax, float(x.abs().amax()) if x.numel() else 0.0)
+        top = decode_scale(q.scale) * (level * q.format.max * (1 + 2**-20))
+        if top.numel() == 1:
+            return top.reshape(())
+        return top.repeat_interleave(br, 0)[: x.shape[0]].repeat_interleave(bc, 1)[:, : x.shape[1]]
 
     def result(self) -> dict[str, Any]:
         """relative_error: ||x - y|| / ||x||. sqnr_db. clipped, zeros: shares of the measured elements.
 
         zeros: not zero before, zero now. scales: {exponent of two: count}.
         """
+        self._count_scales()
         relative = math.sqrt(self._error / self._power) if self._power > 0 else 0.0
         return {
             "relative_error": _rounded(relative),
@@ -101,6 +130,10 @@ class Stats:
             "measured": self._measured,
             "scales": {str(e): n for e, n in sorted(self._scales.items())},
         }
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def _rounded(value: float) -> float:

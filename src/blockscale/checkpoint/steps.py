@@ -69,8 +69,7 @@ class Copy:
 
     def run(self, write: Write, advance: Advance) -> dict[str, Any]:
         total, (out,) = Checksum(), self.outputs
-        for begin, end in slabs(self.source.shape):
-            piece = self.source.read(begin, end)
+        for _, piece in self.source.stream():
             total.update(piece)
             write(out.name, piece if self.dtype is None else piece.to(DTYPES[self.dtype]))
             advance(piece.numel() * piece.element_size())
@@ -120,10 +119,8 @@ class Quantize:
         fmt, shape, names = self.encoding.format, self.source.shape, self.encoding.parts(self.module)
         whole = self._whole_scale()
         total = Checksum()
-        ranges = list(slabs(shape, self._multiple))
-        stats = Stats(shape[0] * shape[1], len(ranges), self.full_report)
-        for i, (begin, end) in enumerate(ranges):
-            x = self.source.read(begin, end)
+        stats = Stats(shape[0] * shape[1], sum(1 for _ in slabs(shape, self._multiple)), self.full_report)
+        for i, (begin, x) in enumerate(self.source.stream(self._multiple)):
             total.update(x)
             q = self._quantize(x, whole)
             self._check_finite(x, q, begin)
@@ -158,8 +155,8 @@ class Quantize:
         if not fmt.two_level and fmt.block[0] is not None:
             return None
         amax = torch.zeros(())
-        for begin, end in slabs(self.source.shape, self._multiple):
-            magnitude = self.source.read(begin, end).float().abs()
+        for _, x in self.source.stream(self._multiple):
+            magnitude = x.float().abs()
             amax = torch.maximum(amax, torch.where(magnitude < torch.inf, magnitude, 0.0).amax())
         if fmt.two_level:
             return storable_global_scale(amax, self.encoding)

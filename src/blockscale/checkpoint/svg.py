@@ -35,13 +35,11 @@ def dots(series: Dots, x_label: str, y_label: str) -> str:
         parts.append(_text(place(x), HEIGHT - BOTTOM + 17, label, "middle"))
     for i, name in enumerate(ordered):
         colour = COLOURS[i % len(COLOURS)]
-        parts += [
-            f'<circle cx="{place(x):.1f}" cy="{_up(y, y_high, y_low):.1f}" r="3.4" fill="{colour}" opacity="0.75"/>'
-            for x, y in series[name]
-        ]
+        turn = i // len(COLOURS)
+        parts += [_mark(place(x), _up(y, y_high, y_low), 3.4, colour, turn) for x, y in series[name]]
         if i < 16:
             y = TOP + 10 + 18 * i
-            parts.append(f'<circle cx="{right + 18}" cy="{y - 4}" r="4" fill="{colour}"/>')
+            parts.append(_mark(right + 18, y - 4, 4, colour, turn))
             parts.append(_text(right + 28, y, name if len(name) <= 34 else "…" + name[-33:], "start"))
     if len(ordered) > 16:
         parts.append(_text(right + 28, TOP + 10 + 18 * 16, f"… and {len(ordered) - 16} more", "start"))
@@ -67,6 +65,14 @@ def bars(counts: Bars, x_label: str, y_label: str) -> str:
     for tick in _whole_ticks(low, high):
         parts.append(_text(LEFT + (tick - low + 0.5) * width, HEIGHT - BOTTOM + 17, f"{tick:g}", "middle"))
     return _svg(parts, f"{y_label} by {x_label}")
+
+
+def _mark(x: float, y: float, size: float, colour: str, turn: int) -> str:
+    """A dot; a square for series after the last colour."""
+    if turn % 2 == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{colour}" opacity="0.75"/>'
+    side = f'width="{2 * size}" height="{2 * size}"'
+    return f'<rect x="{x - size:.1f}" y="{y - size:.1f}" {side} fill="{colour}" opacity="0.75"/>'
 
 
 def _up(y: float, top: float, low: float = 0.0) -> float:

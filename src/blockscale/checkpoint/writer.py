@@ -11,21 +11,35 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .checksum import Checksum
-from .files import byte_view, read_bytes
+from .files import ByteReader, byte_view
 from .header import DTYPES, read_header
 
 PARTIAL = ".partial"
 _METADATA = {"format": "pt"}
+_PIECE = 1 << 20
+"""Bytes read at a time when a shard's checksums are made again."""
+_SMALL = 1 << 16
+"""Bytes. Scales come in pieces of a few bytes for each slab: they are written together."""
+
+
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""Of dtypes in a file, as safetensors 0.8 writes it."""
+_RANK = {code: i for i, code in enumerate(_ORDER)}
 
 
 @dataclass(frozen=True)
@@ -41,16 +55,24 @@ class Spec:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class ShardWriter:
-    """Writes the tensors of one shard; a context manager. Leaving it by an exception leaves only `<name>.partial`.
+@dataclass
+class _Waiting:
+    """Small pieces of a tensor that are not written yet. size: bytes."""
 
-    Tensors are ordered by element size, largest first, so that every one is aligned; the bytes depend on the specs
-    alone, never on the order in which pieces arrive.
+    pieces: list[Tensor] = field(default_factory=list)
+    size: int = 0
+
+
+class ShardWriter:
+    """Writes the tensors of a shard; a context manager. Leaving it by an exception leaves nothing; a kill, `*.partial`.
+
+    Tensors lie in the order of the safetensors library, by dtype and name, so every one is aligned and the file is
+    the one that `save_file` would write. The bytes depend on the specs alone, not on the order in which pieces arrive.
     """
 
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         self.path = path
-        ordered = sorted(specs, key=lambda s: -DTYPES[s.dtype].itemsize)
+        ordered = sorted(specs, key=lambda s: (_RANK[s.dtype], s.name.encode()))
         entries: dict[str, Any] = {"__metadata__": _METADATA}
         offset = 0
         for spec in ordered:
@@ -65,14 +87,20 @@ class ShardWriter:
         self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
         self._left = {s.name: s.nbytes for s in ordered}
         self._sums = {s.name: Checksum() for s in ordered}
+        self._waiting: dict[str, _Waiting] = {}
         self.size = len(self._head) + offset
         self._fd = -1
 
     def __enter__(self) -> ShardWriter:
         """Raises OSError when the disk has no room for the whole shard."""
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
-        _pwrite(self._fd, self._head, 0)
+        try:
+            with naming(self.path):
+                os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
+                _pwrite(self._fd, self._head, 0)
+        except BaseException:
+            self._abandon()
+            raise
         return self
 
     @property
@@ -80,30 +108,63 @@ class ShardWriter:
         return self.path.with_name(f"{self.path.name}.{os.getpid()}{PARTIAL}")
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Append the bytes of `piece` (any dtype, contiguous) to the tensor `name`."""
-        data = byte_view(piece.contiguous())
-        if len(data) > self._left[name]:
-            raise CheckpointError(f"{self.path}: {name}: {len(data)} bytes for the last {self._left[name]}")
-        _pwrite(self._fd, data, self._at[name])
-        self._sums[name].update(piece)
-        self._at[name] += len(data)
-        self._left[name] -= len(data)
+        """Append the bytes of `piece` (any dtype) to the tensor `name`. Small pieces are gathered first."""
+        flat = piece.contiguous().reshape(-1).view(torch.uint8)
+        size = flat.numel()
+        if size > self._left[name]:
+            raise CheckpointError(f"{self.path}: {name}: {size} bytes for the last {self._left[name]}")
+        self._left[name] -= size
+        waiting = self._waiting.setdefault(name, _Waiting())
+        if size >= _SMALL and not waiting.pieces:
+            self._append(name, flat)
+            return
+        waiting.pieces.append(flat.clone())  # its memory may be the reader's buffer
+        waiting.size += size
+        if self._left[name] == 0 or waiting.size >= _SMALL:
+            del self._waiting[name]
+            self._append(name, torch.cat(waiting.pieces))
+
+    def _append(self, name: str, flat: Tensor) -> None:
+        with naming(self.path):
+            _pwrite(self._fd, byte_view(flat), self._at[name])
+        self._sums[name].update(flat)
+        self._at[name] += flat.numel()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._abandon()
+            return
         try:
-            if kind is None:
-                if missing := [name for name, left in self._left.items() if left]:
-                    raise CheckpointError(f"{self.path}: {missing[0]}: {self._left[missing[0]]} bytes were not written")
+            if missing := [name for name, left in self._left.items() if left]:
+                raise CheckpointError(f"{self.path}: {missing[0]}: {self._left[missing[0]]} bytes were not written")
+            with naming(self.path):
                 os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
-        if kind is None:
-            self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
+        except BaseException:
+            self._abandon()
+            raise
+        os.close(self._fd)
+        self._temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def _abandon(self) -> None:
+        """Give the room back: a full disk may be why."""
+        os.close(self._fd)
+        self._temporary.unlink(missing_ok=True)
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor's bytes, and of the header under "" """
         return {"": hashlib.sha256(self._head).hexdigest()} | {n: s.hexdigest() for n, s in self._sums.items()}
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Calls on a file descriptor fail without a file name ("No space left on device"): say which file it was."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
 
 
 def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -122,8 +183,9 @@ def shard_checksums(path: Path) -> dict[str, str]:
     found = {"": hashlib.sha256(head).hexdigest()}
     for info in tensors:
         total = Checksum()
-        for begin in range(0, info.nbytes, 1 << 24):
-            total.update(read_bytes(info, begin, min(begin + (1 << 24), info.nbytes)))
+        with ByteReader(info) as reader:
+            for begin in range(0, info.nbytes, _PIECE):
+                total.update(reader.read(begin, min(begin + _PIECE, info.nbytes)))
         found[info.name] = total.hexdigest()
     return found
 
@@ -135,12 +197,22 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("w", encoding="utf-8") as f:
+    with naming(path), temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A small file, atomically and durably."""
+    temporary = target.with_name(target.name + PARTIAL)
+    with naming(target):
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+    temporary.replace(target)
 
 
 def sync_folder(path: Path) -> None:

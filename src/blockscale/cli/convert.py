@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
         dst: _Dst,
         format: Annotated[str | None, typer.Option(help="Weight format; else each layer keeps its own.")] = None,
         style: Annotated[
-            str | None, typer.Option(help="deepseek, deepseek_v4, modelopt or compressed_tensors; else as it is.")
+            str | None,
+            typer.Option(help="deepseek, deepseek_v4, modelopt, compressed_tensors, gpt_oss; else as it is."),
         ] = None,
         scale_dtype: Annotated[str | None, typer.Option(help="How scales are stored: f32, bf16, e8m0, u8.")] = None,
         only: Annotated[list[str] | None, typer.Option(help="Glob over modules: convert only these.")] = None,

@@ -23,7 +23,8 @@ def register(app: typer.Typer) -> None:
         dst: Annotated[Path, typer.Argument(help="New folder. An unfinished run of the same request is resumed.")],
         format: Annotated[str, typer.Option(help="Weight format, e.g. fp8_128x128, mxfp4.")] = "fp8_128x128",
         style: Annotated[
-            str | None, typer.Option(help="deepseek, deepseek_v4, modelopt or compressed_tensors; else the usual one.")
+            str | None,
+            typer.Option(help="deepseek, deepseek_v4, modelopt, compressed_tensors, gpt_oss; else the usual one."),
         ] = None,
         scale_dtype: Annotated[str | None, typer.Option(help="How scales are stored: f32, bf16, e8m0, u8.")] = None,
         only: Annotated[list[str] | None, typer.Option(help="Glob over modules: quantize only these.")] = None,

@@ -13,6 +13,9 @@ from ..errors import BlockscaleError
 from ._logits import compare_logits
 from ._output import console, print_json
 
+_SHOWN = 20
+"""Rows of a table for people."""
+
 
 def register(app: typer.Typer) -> None:
     @app.command("verify")
@@ -49,21 +52,25 @@ def register(app: typer.Typer) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
-    for line in report["structure"][:20]:
+    for line in report["structure"][:_SHOWN]:
         out.print(line, style="red", highlight=False)
+    if len(report["structure"]) > _SHOWN:
+        out.print(f"… and {len(report['structure']) - _SHOWN} more", style="red", highlight=False)
     for key, one, two in report["config"]:
         out.print(f"{key}: {one} against {two}", highlight=False)
-    different = sorted(
-        (r for r in report["tensors"] if not r["equal_bytes"]), key=lambda r: -float(r["relative_error"])
-    )
+    unequal = [r for r in report["tensors"] if not r["equal_bytes"]]
+    different = sorted((r for r in unequal if r["relative_error"]), key=lambda r: -float(r["relative_error"]))
     if different:
         table = Table("tensor", "a", "b", "relative error", "largest error")
-        for row in different[:20]:
+        for row in different[:_SHOWN]:
             error, worst = f"{row['relative_error']:.3g}", f"{row['max_error']:.3g}"
             table.add_row(row["name"], row["a"], row["b"], error, worst)
         out.print(table)
-    equal = len(report["tensors"]) - len(different)
-    out.print(f"{equal} tensors equal in bytes, {len(different)} not", highlight=False)
+    if len(different) > _SHOWN:
+        out.print(f"… and {len(different) - _SHOWN} more; --json has all", highlight=False)
+    equal, same = len(report["tensors"]) - len(unequal), len(unequal) - len(different)
+    counts = f"{equal} tensors equal in bytes, {same} in values only, {len(different)} different"
+    out.print(counts, highlight=False)
     for name, value in report.get("logits", {}).items():
         out.print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
     words = "identical" if report["identical"] else "same values" if report["same_values"] else "different values"
