@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import reference
 from ...layouts import convert
-from ...platform import Platform
+from ...platform import Platform, detect
 from ...registry import Problem
 from ...tensor import BlockScaled
 
@@ -86,6 +86,11 @@ class DenseLinear(_Reference):
     name, op = "reference.dense_linear", "dense_linear"
 
     def run(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype != torch.float32 and detect(x.device).kind == "cuda":
+            # By default torch lets cuBLAS add the partial sums of a split K in x's 16 bits; a result in fp32 does not.
+            # Only CUDA has this form of mm: elsewhere `linear` sums in fp32 as it is.
+            y = torch.mm(x, weight.mT, out_dtype=torch.float32)
+            return (y if bias is None else y + bias).to(problem.out_dtype)
         return torch.nn.functional.linear(x, weight, bias).to(problem.out_dtype)
 
 
