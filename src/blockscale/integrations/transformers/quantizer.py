@@ -23,7 +23,8 @@ from ...errors import BlockscaleError, CheckpointError
 from ...nn import DenseLinear, Experts, WeightModule
 from ...numerics import Numerics
 from ...policy import Policy, model_policy
-from .binding import Bindings, as_stored, bind, fill, stored_tensors
+from .binding import Bindings, bind
+from .filling import as_stored, fill, settle, stored_tensors
 
 TESTED = "5.23"
 """The transformers series that these interfaces were tested with: they are private, and upstream is moving them."""
@@ -137,7 +138,7 @@ class BlockscaleQuantizer(HfQuantizer):
                 module = model.get_submodule(path)
                 assert isinstance(module, WeightModule)
                 fill(module, slots, self.bindings.names[path], self.checkpoint)
-                module.pack(model.dtype)
+                settle(module, model.dtype)
         _use_dense_kernels(model)
         model._weight_conversions = []  # get_state_dict_and_metadata gives the checkpoint's names already
         return model
