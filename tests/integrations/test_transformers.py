@@ -1,6 +1,7 @@
 """Block-scaled checkpoints through transformers: as stored, on our modules, and back."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from blockscale import reference
 from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
 from blockscale.errors import BlockscaleError, CheckpointError
 from blockscale.integrations import transformers as integration
-from blockscale.integrations.transformers import measure, quantizer
+from blockscale.integrations.transformers import measure, quantizer, takeover
 from makers import make_llama, make_qwen3_moe
 
 IDS = torch.arange(3, 20)[None]
@@ -130,6 +131,39 @@ def test_enable_takes_over_from_pretrained_and_disable_gives_it_back(ragged):
     assert stock == auto.AUTO_QUANTIZER_MAPPING
 
 
+def test_enabled_holds_within_the_block_and_in_this_thread_only(ragged):
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING)
+    policies = {}
+
+    def from_pretrained(who):
+        policies[who] = AutoModelForCausalLM.from_pretrained(ragged).blockscale_policy.name
+
+    with integration.enabled("hf"):
+        from_pretrained("inside")
+        with integration.enabled("vllm"):
+            from_pretrained("nested")
+        from_pretrained("inside again")
+        other = threading.Thread(target=from_pretrained, args=("another thread",))
+        other.start()
+        other.join()
+    assert policies == {"inside": "hf", "nested": "vllm", "inside again": "hf", "another thread": "reference"}
+    assert stock == auto.AUTO_QUANTIZER_MAPPING
+
+
+def test_holders_may_end_in_any_order():
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    first, second = takeover.taken(("fp8", "mxfp8")), takeover.taken(("fp8",))
+    integration.enable()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    integration.disable()
+    integration.disable()
+    assert auto.AUTO_QUANTIZER_MAPPING["fp8"] is quantizer.BlockscaleQuantizer
+    second.__exit__(None, None, None)
+    assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
 def test_load_leaves_stock_behaviour_alone(ragged):
     stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     integration.load(ragged)
@@ -145,6 +179,12 @@ def test_tensors_decide_and_not_the_skip_list(copy):
 def test_a_missing_scale_is_refused(copy):
     folder = copy(lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj.*has no scale"):
+        integration.load(folder)
+
+
+def test_a_scale_without_a_weight_is_refused(copy):
+    folder = copy(lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj.*without"):
         integration.load(folder)
 
 

@@ -38,10 +38,10 @@ class Choice:
     kernel: str | None = None
 
 
-enabled = Choice()
-"""Of `enable`: for every thread."""
+enabled: Choice | None = None
+"""Of `enable`: for every thread. None when it is not in force."""
 LOADING: ContextVar[Choice | None] = ContextVar("blockscale_loading", default=None)
-"""Of the `load` that is running in this context, if any."""
+"""Of the `load` or `enabled` that is running in this context, if any."""
 
 
 def check_version() -> None:
@@ -106,7 +106,7 @@ class BlockscaleQuantizer(HfQuantizer):
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             raise CheckpointError("block-scaled models load from safetensors files; got a state_dict or pickle files")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-        choice = LOADING.get() or enabled
+        choice = LOADING.get() or enabled or Choice()
         policy = model_policy(choice.numerics, self.checkpoint.config, kernel=choice.kernel)
         model.blockscale_policy = policy
         with torch.device("cpu"):  # transformers builds models under the meta device
