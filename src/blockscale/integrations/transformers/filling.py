@@ -106,8 +106,9 @@ def _stored(checkpoint: Checkpoint, slot: Slot) -> BlockScaled:
 
 def _empty_like(w: BlockScaled) -> BlockScaled:
     """An uninitialised weight on the CPU."""
-    parts = {"data": w.data, "scale": w.scale, "global_scale": w.global_scale, "input_scale": w.input_scale}
-    return replace(w, **{n: None if t is None else torch.empty_like(t, device="cpu") for n, t in parts.items()})
+    data, scale = (torch.empty_like(t, device="cpu") for t in (w.data, w.scale))
+    level, static = (None if t is None else torch.empty_like(t, device="cpu") for t in (w.global_scale, w.input_scale))
+    return replace(w, data=data, scale=scale, global_scale=level, input_scale=static)
 
 
 def _shaped(weight: BlockScaled, like: BlockScaled) -> BlockScaled:

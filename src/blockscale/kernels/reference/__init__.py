@@ -32,7 +32,17 @@ class _Reference:
                 yield f"{what} is {dtype}, needs float32, bfloat16 or float16"
 
 
-class Linear(_Reference):
+class _Multiply(_Reference):
+    def notes(self, problem: Problem) -> Iterator[str]:
+        yield "dequantizes the weights that it meets to fp32 in each call: right everywhere, fast nowhere"
+        if problem.activation_format is not None and problem.activation_format.two_level:
+            yield (
+                "NVFP4 activations have a faster kernel only in Triton's linear: none for experts, none on a CPU; 16-bit "
+                "activations have (numerics 'weight_only', or 'checkpoint,nvfp4_act=None' for NVFP4 weights alone)"
+            )
+
+
+class Linear(_Multiply):
     name, op = "reference.linear", "linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
@@ -40,7 +50,7 @@ class Linear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class GroupedLinear(_Reference):
+class GroupedLinear(_Multiply):
     name, op = "reference.grouped_linear", "grouped_linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:
@@ -48,7 +58,7 @@ class GroupedLinear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class Matmul(_Reference):
+class Matmul(_Multiply):
     name, op = "reference.matmul", "matmul"
 
     def run(self, problem: Problem, x: BlockScaled, w: BlockScaled) -> Tensor:
