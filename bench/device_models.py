@@ -8,6 +8,7 @@ tests/model_agreement.py. For each checkpoint:
   conformance's bound, rows within the tolerance that follows from what the kernel declares of its sums;
 - tokens: greedy tokens, generated one by one with the device's own cache along the CPU's tokens, equal those of an
   independent dequantize-and-fake-quantize model in fp64 wherever its lead exceeds what the tolerance can take away;
+- offloading: with the second layer on the CPU and `offload_buffers=True`, the logits are the same bits;
 - memory: in the checkpoint's own dtype, allocated bytes within 5 % of the stored ones; block-scaled weights exactly
   the bytes of the file. The peak of a prompt is printed beside it.
 
@@ -44,8 +45,8 @@ from model_cases import CASES  # noqa: E402
 NAMES = ("v3", "v3.2", "v4-fp4", "v4-fp8", "v4-nvfp4", "v4-32", "qwen3-moe-ragged", "minimax-m2")
 PROMPTS, PROMPT, NEW, DRAWS = 4, 48, 16, 32
 HEADER = (
-    "| model | of bound | row error | allowed | decided | same | CPU same | beyond | allocated / stored | s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| model | of bound | row error | allowed | decided | same | CPU same | beyond | allocated / stored | "
+    "offloaded equal | s |\n" + "|---" * 11 + "|"
 )
 
 
@@ -70,9 +71,11 @@ def main() -> int:
         running = {pool.submit(compare, name, options.device): name for name in options.cases}
         for done in as_completed(running):
             name = running[done]
-            report["models"][name] = result = done.result()
+            error = done.exception()  # of one case: the others go on
+            result = {"passed": False, "error": repr(error)} if error else done.result()
+            report["models"][name] = result
             options.out.write_text(json.dumps(report, indent=1) + "\n")
-            print(row(name, result), flush=True)
+            print(f"| {name} | {error!r} |" if error else row(name, result), flush=True)
     return int(not all(r["passed"] for r in report["models"].values()))
 
 
@@ -86,7 +89,8 @@ def row(name: str, r: dict[str, Any]) -> str:
     return (
         f"| {name} | {r['of_bound']:.2f} | {worst['row_error']:.1e} | {worst['allowed']:.1e} | {tokens['decided']} of "
         f"{tokens['positions']} | {tokens['same']} | {cpu['same']} | {tokens['beyond']} + {cpu['beyond']} | "
-        f"{memory['allocated_over_stored']:.4f} | {r['seconds']:.0f} |" + ("" if r["passed"] else " FAILED")
+        f"{memory['allocated_over_stored']:.4f} | {r['same_when_offloaded']} | {r['seconds']:.0f} |"
+        + ("" if r["passed"] else " FAILED")
     )
 
 
@@ -100,6 +104,7 @@ def compare(name: str, device: str) -> dict[str, Any]:
         memory = measure_memory(stored, device)
         here = integration.load(stored, dtype=torch.float32, kernel="reference")
         there = integration.load(stored, dtype=torch.float32, device=device)
+        offloaded = same_when_offloaded(stored, there, device)
         plain = naive_models.plain_checkpoint(stored, Path(scratch) / "plain")
         naive = naive_models.model(plain, naive_models.quantized_linears(here), **case.acts).double()
     ids = torch.randint(2, 300, (PROMPTS, PROMPT), generator=torch.Generator().manual_seed(5))
@@ -116,7 +121,12 @@ def compare(name: str, device: str) -> dict[str, Any]:
     allowed = agree.tolerances(there, inputs)
     bound = agree.lead_bound(here, sequences[:, :-1], truth, allowed, draws=DRAWS)
     tokens, cpu = (agree.agreement(agree.step_logits(m, sequences, PROMPT), truth, bound) for m in (there, here))
-    passed = all(c.passed for c in checks) and tokens.beyond + cpu.beyond == 0 and memory["passed"]
+    passed = (
+        all(c.passed for c in checks)
+        and tokens.beyond + cpu.beyond == 0
+        and memory["passed"]
+        and offloaded is not False
+    )
     return {
         "passed": passed,
         "layers": len(checks),
@@ -128,10 +138,27 @@ def compare(name: str, device: str) -> dict[str, Any]:
         "cpu_tokens": asdict(cpu),
         "median_lead_bound": float(bound.median()),
         "memory": memory,
+        "same_when_offloaded": offloaded,
         "kernels_decode": measure.kernels_in_use(there, 1),
         "kernels_prefill": measure.kernels_in_use(there, PROMPTS * PROMPT),
         "seconds": time.perf_counter() - begin,
     }
+
+
+def same_when_offloaded(stored: Path, there: Any, device: str) -> bool | None:
+    """A layer whose weights wait on the CPU gives the logits of one that holds them. None on a CPU: nothing to do."""
+    if torch.device(device).type == "cpu":
+        return None
+    parts = [f"model.{n}" for n, _ in there.model.named_children() if n != "layers"]
+    parts += [n for n, _ in there.named_children() if n != "model"]
+    layers = {f"model.layers.{i}": there.device for i in range(len(there.model.layers))}
+    device_map = dict.fromkeys(parts, there.device) | layers | {"model.layers.1": "cpu"}
+    model = integration.load(stored, dtype=torch.float32, device_map=device_map, offload_buffers=True)
+    held = [m for m in model.model.layers[1].modules() if isinstance(m, nn.WeightModule)]
+    ids = torch.arange(2, 2 + PROMPT, device=there.device)[None]
+    with torch.inference_mode():
+        same = torch.equal(model(ids).logits, there(ids).logits)
+    return same and all(m.quantized.data.is_meta for m in held)
 
 
 def measure_memory(stored: Path, device: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class _Multiply(_Reference):
         yield "dequantizes the weights that it meets to fp32 in each call: right everywhere, fast nowhere"
         if problem.activation_format is not None and problem.activation_format.two_level:
             yield (
-                "NVFP4 activations have a faster kernel only in Triton's linear: none for experts, none on a CPU; 16-bit "
-                "activations have (numerics 'weight_only', or 'checkpoint,nvfp4_act=None' for NVFP4 weights alone)"
+                "NVFP4 activations have a faster kernel only in Triton's linear: none for experts, none on a CPU; "
+                "16-bit ones have (numerics 'weight_only', or 'checkpoint,nvfp4_act=None' for NVFP4 weights alone)"
             )
 
 
