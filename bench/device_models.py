@@ -4,8 +4,8 @@
 process, every case, bench/results/device_models.json). fp32 compute. What is compared and what "agree" means is in
 tests/model_agreement.py. For each checkpoint:
 
-- layers: every linear on the CPU's inputs, of four prompts and of their first tokens, against fp64 products: elements within
-  conformance's bound, rows within the tolerance that follows from what the kernel declares of its sums;
+- layers: every linear on the CPU's inputs, of four prompts and of their first tokens, against fp64 products: elements
+  within conformance's bound, rows within the tolerance that follows from what the kernel declares of its sums;
 - tokens: greedy tokens, generated one by one with the device's own cache along the CPU's tokens, equal those of an
   independent dequantize-and-fake-quantize model in fp64 wherever its lead exceeds what the tolerance can take away;
 - offloading: with the second layer on the CPU and `offload_buffers=True`, the logits are the same bits;
