@@ -41,9 +41,9 @@ from blockscale import nn  # noqa: E402
 from blockscale.checkpoint import open_checkpoint  # noqa: E402
 from blockscale.integrations import transformers as integration  # noqa: E402
 from blockscale.integrations.transformers import measure  # noqa: E402
-from model_cases import CASES  # noqa: E402
+from model_cases import CASES, SELECTIVE  # noqa: E402
 
-NAMES = ("v3", "v3.2", "v4-fp4", "v4-fp8", "v4-nvfp4", "v4-32", "qwen3-moe-ragged", "minimax-m2")
+NAMES = ("v3", "v3.2", "v4-fp4", "v4-fp8", "v4-nvfp4", "v4-32", "qwen3-moe-ragged", "minimax-m2", *SELECTIVE)
 PROMPTS, PROMPT, NEW, DRAWS = 4, 48, 16, 32
 HEADER = (
     "| model | of bound | row error | allowed | decided | same | CPU same | beyond | allocated / stored | "
@@ -99,7 +99,7 @@ def compare(name: str, device: str) -> dict[str, Any]:
     """Everything about one case; runs in a process of its own."""
     clock = [("begin", time.perf_counter())]
     torch.set_num_threads(max(1, torch.get_num_threads() // len(NAMES)))
-    case = CASES[name]
+    case = (CASES | SELECTIVE)[name]
     with tempfile.TemporaryDirectory() as scratch:
         stored = case.write(Path(scratch) / "stored", **({"mtp": False} if name.startswith("v") else {}))
         memory = measure_memory(stored, device)

@@ -45,3 +45,9 @@ CASES = {
     "qwen3-moe-ragged": ModelCase(make_qwen3_moe, {"intermediate": 192}, _PLAIN),
     "minimax-m2": ModelCase(make_minimax_m2, {}, _PLAIN),
 }
+
+SELECTIVE = {
+    "v3.2-top32": ModelCase(make_deepseek_v3, {"v32": True, "index_topk": 32}, CASES["v3.2"].acts),
+    "v4-fp8-top12": ModelCase(make_deepseek_v4, {"experts": "fp8", "index_topk": 12}, _V4),
+}
+"""Indexers that keep more, so that one key more or less moves the logits less and more tokens are decided."""

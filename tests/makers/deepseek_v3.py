@@ -22,6 +22,7 @@ def make_deepseek_v3(
     ragged_k: bool = False,
     mtp: bool = True,
     scale: str | None = None,
+    index_topk: int = 8,
     shards: int = 1,
     seed: int = 1,
 ) -> Path:
@@ -129,5 +130,5 @@ def make_deepseek_v3(
         "quantization_config": quantization,
     }
     if v32:
-        config |= {"index_n_heads": INDEX_HEADS, "index_head_dim": INDEX_HEAD, "index_topk": 8}
+        config |= {"index_n_heads": INDEX_HEADS, "index_head_dim": INDEX_HEAD, "index_topk": index_topk}
     return save(path, t.found, config, shards=shards)
