@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import blockscale
+import model_agreement
 import naive_models
 from blockscale.integrations import transformers as integration
 from model_cases import CASES
@@ -33,6 +34,19 @@ def test_the_model_equals_dequantize_and_fake_quantize(case, tmp_path):
         naive_models.plain_checkpoint(folder, tmp_path / "plain"), naive_models.quantized_linears(model), **acts
     )
     assert relative_error(model, naive) <= 1e-3
+
+
+def test_every_linear_on_the_default_kernels_equals_the_definition(case):
+    """Of a prompt and of a single token, on the inputs that it has in the model."""
+    folder, model, _ = case
+    fast = integration.load(folder, dtype=torch.float32)
+    checks = [
+        check
+        for ids in (IDS, IDS[:, :1])
+        for check in model_agreement.check_layers(fast, model, model_agreement.layer_inputs(model, ids))
+    ]
+    assert [c for c in checks if not c.passed] == []
+    assert {c.name for c in checks} >= {n for n, m in fast.named_modules() if isinstance(m, blockscale.nn.WeightModule)}
 
 
 def test_no_block_scaled_weight_of_the_model_is_left_out(case):
