@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import ROUNDS, Process, checked, cli, weights
-from demo_model import CACHE, bf16_model
+from demo_model import CACHE, bf16_model, text
 
 FORMATS = ("fp8_128x128", "fp8_128x128_ue8m0", "mxfp8", "mxfp4", "nvfp4")
 RESULTS = Path(__file__).parent / "results" / "formats.json"
@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "formats.json"
 
 def main() -> None:
     numerics = sys.argv[1] if len(sys.argv) > 1 else "weight_only"
+    text()  # fetched here, not by all workers at once
     models = {"bf16": bf16_model()} | {name: quantized(name) for name in FORMATS}
     if numerics == "make":
         return
