@@ -1,7 +1,7 @@
 """Whole models the slow and obvious way: dequantize every weight, fake-quantize every activation, all in fp32.
 
-Nothing of the library is used. The dequantized weights go into a plain checkpoint that stock transformers loads, so
-its own renaming and stacking are checked against ours too.
+Nothing of the library is used but the names of its modules. The dequantized weights go into a plain checkpoint that
+stock transformers loads, so its own renaming and stacking are checked against ours too.
 """
 
 import json
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+
+import blockscale
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -78,6 +80,12 @@ def nvfp4(x, level):
     distance = (scaled.abs()[..., None] - positive).abs()
     even_first = distance + torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]) * 1e-6  # a tie goes to the even code
     return (positive[even_first.argmin(-1)] * scaled.sign() * scale).flatten(-2).to(x.dtype)
+
+
+def quantized_linears(ours):
+    """Names of a loaded model's modules whose input `linear` (or `output`) of `model` quantizes."""
+    kinds = (blockscale.nn.Linear, blockscale.nn.BlockDiagonalLinear)
+    return {name for name, module in ours.named_modules() if isinstance(module, kinds)}
 
 
 def model(folder, linears, *, linear, experts, output=None, weigh_first=False):

@@ -1,7 +1,11 @@
 """Routed experts without transformers: against a loop over tokens."""
 
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +122,14 @@ def test_dense_linear_is_nn_linear_that_trains_and_serves():
     with torch.no_grad():
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
     assert ours.plan().pick(1).op == "dense_linear"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages with Linux's mprotect")
+def test_a_decode_step_reads_no_byte_of_an_expert_that_was_not_chosen():
+    """Data and scales of the others lie in pages that may not be read: a touched byte is a segmentation fault."""
+    script = str(Path(__file__).with_name("guarded_experts.py"))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 4 * 2 * 2  # formats, numerics, kernels
+    faulty = subprocess.run([sys.executable, script, "chosen"], capture_output=True, text=True, check=False)
+    assert (faulty.returncode, faulty.stdout) == (-signal.SIGSEGV, "")

@@ -1,5 +1,6 @@
 """Faults planted into a loaded model: the comparison with the naive implementation must see each of them."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -98,6 +99,27 @@ def test_e8m0_read_as_a_number_is_seen(v4):
     """An E8M0 byte is an exponent; its neighbour is twice as much."""
     one_up = lambda w: with_parts(w, scale=(w.scale.view(torch.uint8) + 1).view(w.scale.dtype))  # noqa: E731
     assert planted(v4, v4.layer.self_attn.o_b_proj, one_up) > TOLERANCE
+
+
+def test_e8m0_read_as_a_rounded_fp32_is_seen(v4):
+    """The byte converted to fp32 as if it were a number: 119 instead of 2^-8."""
+
+    def as_number(w):
+        return with_parts(w, scale=w.scale.view(torch.uint8).float())
+
+    assert planted(v4, v4.layer.self_attn.o_b_proj, as_number) > TOLERANCE
+
+
+def test_fp32_scales_for_activations_instead_of_powers_of_two_are_seen(v4):
+    """What an engine does that ignores scale_fmt: ue8m0."""
+    module = v4.layer.mlp.experts.down
+    right = module.numerics
+    module.numerics = replace(right, act_rounding="none", mxfp4_act="fp8_1x128")
+    try:
+        assert planted(v4, module, lambda w: w) > TOLERANCE  # set_weight binds the numerics anew
+    finally:
+        module.numerics = right
+        module.set_weight(module.quantized)
 
 
 def test_a_routing_weight_applied_twice_is_seen(v4):

@@ -1,55 +1,25 @@
 """Every model family, as its checkpoints are stored: loads, equals the naive implementation, generates, saves back."""
 
-from functools import partial
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import blockscale
+import model_agreement
 import naive_models
 from blockscale.integrations import transformers as integration
-from makers import make_deepseek_v3, make_deepseek_v4, make_minimax_m2, make_qwen3_moe
+from model_cases import CASES
 
-V3 = partial(naive_models.e4m3, group=128, powers=False, floor=1e-10)
-V32 = partial(naive_models.e4m3, group=128, powers=True, floor=1e-4)
-V41 = partial(naive_models.e4m3, group=32, powers=True, floor=1e-4)
-NVFP4 = partial(naive_models.nvfp4, level=torch.tensor(6.0 / (448 * 6)))
-HF = partial(naive_models.e4m3, group=128, powers=False, floor=1e-10)
-HF_FP4 = partial(naive_models.e4m3, group=32, powers=True, floor=1e-10)
-
-CASES = {
-    "v3": (make_deepseek_v3, {}, {"linear": V3, "experts": V3}),
-    "v3-ragged-k": (make_deepseek_v3, {"ragged_k": True}, {"linear": V3, "experts": V3}),
-    "v3.2": (make_deepseek_v3, {"v32": True}, {"linear": V32, "experts": V32}),
-    "v4-fp4": (make_deepseek_v4, {}, {"linear": V32, "experts": V32, "weigh_first": True}),
-    "v4-fp8": (make_deepseek_v4, {"experts": "fp8"}, {"linear": V32, "experts": V32, "weigh_first": True}),
-    "v4-fp8-compressor": (
-        make_deepseek_v4,
-        {"experts": "fp8", "compressor_fp8": True},
-        {"linear": V32, "experts": V32, "weigh_first": True},
-    ),
-    "v4-nvfp4": (make_deepseek_v4, {"experts": "nvfp4"}, {"linear": V32, "experts": NVFP4, "weigh_first": True}),
-    "v4-32": (make_deepseek_v4, {"block": 32}, {"linear": V41, "experts": V41, "weigh_first": True}),
-    "qwen3-moe": (make_qwen3_moe, {}, {"linear": V3, "experts": V3}),
-    "qwen3-moe-ragged": (make_qwen3_moe, {"intermediate": 192}, {"linear": V3, "experts": V3}),
-    "minimax-m2": (make_minimax_m2, {}, {"linear": V3, "experts": V3}),
-}
 IDS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    make, options, acts = CASES[request.param]
-    folder = make(tmp_path_factory.mktemp(request.param) / "stored", **options)
+    model = CASES[request.param]
+    folder = model.write(tmp_path_factory.mktemp(request.param) / "stored")
     # An ordered kernel, so that one order of sums is compared with another only where the models differ: rounding to
     # E4M3 turns a difference of 1e-7 into one of 6e-2 in the few elements that lie on an edge.
-    return folder, integration.load(folder, dtype=torch.float32, kernel="reference"), acts
-
-
-def ours(model):
-    kinds = (blockscale.nn.Linear, blockscale.nn.BlockDiagonalLinear)
-    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    return folder, integration.load(folder, dtype=torch.float32, kernel="reference"), model.acts
 
 
 def relative_error(model, naive):
@@ -60,8 +30,23 @@ def relative_error(model, naive):
 
 def test_the_model_equals_dequantize_and_fake_quantize(case, tmp_path):
     folder, model, acts = case
-    naive = naive_models.model(naive_models.plain_checkpoint(folder, tmp_path / "plain"), ours(model), **acts)
+    naive = naive_models.model(
+        naive_models.plain_checkpoint(folder, tmp_path / "plain"), naive_models.quantized_linears(model), **acts
+    )
     assert relative_error(model, naive) <= 1e-3
+
+
+def test_every_linear_on_the_default_kernels_equals_the_definition(case):
+    """Of a prompt and of a single token, on the inputs that it has in the model."""
+    folder, model, _ = case
+    fast = integration.load(folder, dtype=torch.float32)
+    checks = [
+        check
+        for ids in (IDS, IDS[:, :1])
+        for check in model_agreement.check_layers(fast, model, model_agreement.layer_inputs(model, ids))
+    ]
+    assert [c for c in checks if not c.passed] == []
+    assert {c.name for c in checks} >= {n for n, m in fast.named_modules() if isinstance(m, blockscale.nn.WeightModule)}
 
 
 def test_no_block_scaled_weight_of_the_model_is_left_out(case):

@@ -10,6 +10,15 @@ from typer.testing import CliRunner
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.cli import app
 from makers import make_llama
+from model_cases import CASES
+
+
+def add_tokenizer(folder):
+    """One word for each of 300 ids."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +26,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     make_llama(folder / "bf16", layers=1)
     quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "fp8")
-    return folder / "fp8"
+    return add_tokenizer(folder / "fp8")
 
 
 def invoke(*args):
@@ -37,6 +43,15 @@ def test_json_says_what_ran_and_what_it_cost(checkpoint):
     assert sum(report["kernels"].values()) == 8
     assert report["decode_tokens_per_second"] > 0
     assert report["resident_weight_bytes"] > 256 * 192
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_runs_every_family(name, tmp_path):
+    folder = add_tokenizer(CASES[name].write(tmp_path))
+    report = json.loads(invoke(folder, "w5 w6 w7", "--max-new-tokens", 3, "--json"))
+    assert (report["prompt_tokens"], report["new_tokens"]) == (3, 3)
+    assert report["numerics"] == "reference"
+    assert len(report["kernels"]) > 0
 
 
 def test_text_streams_and_figures_follow(checkpoint):

@@ -1,6 +1,7 @@
 """Block-scaled checkpoints through transformers: as stored, on our modules, and back."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from blockscale import reference
 from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
 from blockscale.errors import BlockscaleError, CheckpointError
 from blockscale.integrations import transformers as integration
-from blockscale.integrations.transformers import measure, quantizer
-from makers import make_llama
+from blockscale.integrations.transformers import measure, quantizer, takeover
+from makers import make_llama, make_qwen3_moe
 
 IDS = torch.arange(3, 20)[None]
 
@@ -130,6 +131,39 @@ def test_enable_takes_over_from_pretrained_and_disable_gives_it_back(ragged):
     assert stock == auto.AUTO_QUANTIZER_MAPPING
 
 
+def test_enabled_holds_within_the_block_and_in_this_thread_only(ragged):
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING)
+    policies = {}
+
+    def from_pretrained(who):
+        policies[who] = AutoModelForCausalLM.from_pretrained(ragged).blockscale_policy.name
+
+    with integration.enabled("hf"):
+        from_pretrained("inside")
+        with integration.enabled("vllm"):
+            from_pretrained("nested")
+        from_pretrained("inside again")
+        other = threading.Thread(target=from_pretrained, args=("another thread",))
+        other.start()
+        other.join()
+    assert policies == {"inside": "hf", "nested": "vllm", "inside again": "hf", "another thread": "reference"}
+    assert stock == auto.AUTO_QUANTIZER_MAPPING
+
+
+def test_holders_may_end_in_any_order():
+    stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    first, second = takeover.taken(("fp8", "mxfp8")), takeover.taken(("fp8",))
+    integration.enable()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    integration.disable()
+    integration.disable()
+    assert auto.AUTO_QUANTIZER_MAPPING["fp8"] is quantizer.BlockscaleQuantizer
+    second.__exit__(None, None, None)
+    assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
 def test_load_leaves_stock_behaviour_alone(ragged):
     stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     integration.load(ragged)
@@ -145,6 +179,12 @@ def test_tensors_decide_and_not_the_skip_list(copy):
 def test_a_missing_scale_is_refused(copy):
     folder = copy(lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj.*has no scale"):
+        integration.load(folder)
+
+
+def test_a_scale_without_a_weight_is_refused(copy):
+    folder = copy(lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj.*without"):
         integration.load(folder)
 
 
@@ -220,11 +260,35 @@ def test_every_format_that_quantize_writes_loads_and_saves_back(ragged, tmp_path
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
 
 
-def test_a_device_map_places_layers_and_offloads_the_rest(ragged, tmp_path):
-    here = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
-    options = {"device_map": here | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+HERE = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_device_map_places_layers_and_offloads_the_rest(ragged, tmp_path, offload_buffers):
+    """Block-scaled weights are buffers: accelerate leaves them on the device unless it offloads buffers too."""
+    options = {"device_map": HERE | {"model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    want = integration.load(ragged)
+    model = integration.load(ragged, offload_buffers=offload_buffers, **options)
+    layer = model.model.layers[1].mlp.up_proj
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, want(IDS).logits)
+        assert layer.weight.is_meta == offload_buffers
+    assert sum(measure.kernels_in_use(model).values()) >= 14
+    with pytest.warns(UserWarning, match="offloaded modules"):  # transformers' own, about memory
+        model.save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(ragged), tensors_of(tmp_path / "saved")
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+def test_offloaded_experts_are_stacked_and_saved_back(tmp_path):
+    make_qwen3_moe(tmp_path / "stored", intermediate=192)
+    options = {"device_map": HERE | {"model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    model = integration.load(tmp_path / "stored", offload_buffers=True, **options)
+    assert model.model.layers[1].mlp.experts.down.quantized.data.is_meta
     with torch.no_grad():
-        want = integration.load(ragged)(IDS).logits
-        assert torch.equal(integration.load(ragged, **options)(IDS).logits, want)
-    with pytest.raises(CheckpointError, match="load without offload_buffers=True"):
-        integration.load(ragged, offload_buffers=True, **options)
+        assert torch.equal(model(IDS).logits, integration.load(tmp_path / "stored")(IDS).logits)
+    with pytest.warns(UserWarning, match="offloaded modules"):  # transformers' own, about memory
+        model.save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []

@@ -11,6 +11,7 @@ from ._common import Tensors, save
 
 HIDDEN, HEADS, NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 256, 2, 128, 64, 128, 128, 512
 MOE, EXPERTS, TOP_K, VOCAB, LAYERS = 128, 8, 2, 512, 2
+INDEX_HEADS, INDEX_HEAD = 16, 128  # the scores pass a ReLU: with two heads many are exactly 0, and top-k is arbitrary
 
 
 def make_deepseek_v3(
@@ -21,6 +22,7 @@ def make_deepseek_v3(
     ragged_k: bool = False,
     mtp: bool = True,
     scale: str | None = None,
+    index_topk: int = 8,
     shards: int = 1,
     seed: int = 1,
 ) -> Path:
@@ -49,11 +51,11 @@ def make_deepseek_v3(
         fp8(f"{s}kv_b_proj", HEADS * (NOPE + VALUE), KV_RANK)
         fp8(f"{s}o_proj", HIDDEN, HEADS * VALUE)
         if v32:
-            fp8(f"{s}indexer.wq_b", 2 * 128, Q_RANK)
-            fp8(f"{s}indexer.wk", 128, HIDDEN)
-            t.found[f"{s}indexer.k_norm.weight"] = torch.ones(128)
-            t.found[f"{s}indexer.k_norm.bias"] = torch.zeros(128)
-            t.bf16(f"{s}indexer.weights_proj.weight", 2, HIDDEN)
+            fp8(f"{s}indexer.wq_b", INDEX_HEADS * INDEX_HEAD, Q_RANK)
+            fp8(f"{s}indexer.wk", INDEX_HEAD, HIDDEN)
+            t.found[f"{s}indexer.k_norm.weight"] = torch.ones(INDEX_HEAD)
+            t.found[f"{s}indexer.k_norm.bias"] = torch.zeros(INDEX_HEAD)
+            t.bf16(f"{s}indexer.weights_proj.weight", INDEX_HEADS, HIDDEN)
 
     def layer(p: str, moe: bool) -> None:
         attention(f"{p}self_attn.")
@@ -128,5 +130,5 @@ def make_deepseek_v3(
         "quantization_config": quantization,
     }
     if v32:
-        config |= {"index_n_heads": 2, "index_head_dim": 128, "index_topk": 8}
+        config |= {"index_n_heads": INDEX_HEADS, "index_head_dim": INDEX_HEAD, "index_topk": index_topk}
     return save(path, t.found, config, shards=shards)

@@ -69,6 +69,7 @@ def measure_model(
     with measure.time_split(model) as decode:
         measure.generate(model, ids[:, :1], new_tokens, stop=False)
     return {
+        "checkpoint": checkpoint.resolve().name,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "prefill_tokens_per_second": timing.prefill_tokens_per_second,
@@ -94,17 +95,29 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 2.2), layout="constrained")
-    left = {"prefill": 0.0, "decode": 0.0}
+    figure, axes = pyplot.subplots(figsize=(7, 2.4), layout="constrained")
+    bars = {
+        f"{name}\n{_speed(report[f'{name}_tokens_per_second'])}": report[f"{name}_split"]
+        for name in ("decode", "prefill")  # the first is drawn lowest
+    }
+    left = dict.fromkeys(bars, 0.0)
     for part in ("quantized_layers", "dense_layers", "rest"):
-        shares = {name: report[f"{name}_split"][part] for name in left}
-        axes.barh(list(shares), list(shares.values()), left=list(left.values()), label=part.replace("_", " "))
+        shares = {name: split[part] for name, split in bars.items()}
+        drawn = axes.barh(list(bars), list(shares.values()), left=list(left.values()), label=part.replace("_", " "))
+        labels = [f"{share:.0%}" if share > 0.04 else "" for share in shares.values()]  # narrower ones hold no text
+        axes.bar_label(drawn, labels, label_type="center", color="white")
         left = {name: left[name] + share for name, share in shares.items()}
     axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlabel("share of the time")
+    figure.suptitle(f"{report['checkpoint']} on {report['device']}, {report['dtype']}, numerics {report['numerics']}")
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return f"{tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -113,7 +126,7 @@ def _show(report: dict[str, Any]) -> None:
         tokens = report["prompt_tokens" if name == "prefill" else "new_tokens"]
         split = ", ".join(f"{k.replace('_', ' ')} {v:.0%}" for k, v in report[f"{name}_split"].items())
         speed = report[f"{name}_tokens_per_second"]
-        table.add_row(name, f"{tokens} tokens", f"{speed:.1f} tokens/s" if speed else "", split)
+        table.add_row(name, f"{tokens} tokens", _speed(speed), split)
     resident, stored = report["resident_weight_bytes"], report["stored_weight_bytes"]
     table.add_row("weights", f"{resident / 1e6:.1f} MB resident", f"{stored / 1e6:.1f} MB stored", report["dtype"])
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])

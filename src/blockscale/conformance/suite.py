@@ -32,7 +32,7 @@ from ..registry import Kernel, QuantizerTolerance, explain, kernels
 from ..tensor import BlockScaled
 from .cases import Case, cases
 from .operands import RMS_EPS, SWIGLU_LIMIT, Expected, Operands, expected, make
-from .tolerance import Found, beyond
+from .tolerance import Found, beyond, product_bound
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,7 @@ def _over_bound(got: Tensor, case: Case, want: Expected, extra: float) -> Found:
     if tuple(got.shape) != tuple(want.value.shape) or got.dtype != case.x_dtype:
         shape = f"{got.dtype} {list(got.shape)}"
         return [], shape, f"{case.x_dtype} {list(want.value.shape)}", float("inf")
-    info = torch.finfo(got.dtype)
-    bound = want.value.abs() * info.eps / 2 + want.magnitude * ((case.k + 16) * 2.0**-24 + extra) + info.tiny
+    bound = product_bound(want.value, want.magnitude, case.k, got.dtype, extra)
     error = (got.double() - want.value).abs() / bound
     error = torch.where(want.value.isnan(), torch.where(got.isnan(), 0.0, torch.inf), error).nan_to_num(torch.inf)
     worst = int(error.argmax())

@@ -1,4 +1,4 @@
-"""What a declared `QuantizerTolerance` allows: scales within it, codes at most so many neighbours away."""
+"""What may differ from the definition: sums by a bound, quantizers by the `QuantizerTolerance` that they declare."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from ..tensor import BlockScaled
 
 Found = tuple[list[int] | None, str, str, float]
 """First or worst wrong coordinate (None: all right), what is there, what should be, error over its bound."""
+
+
+def product_bound(value: Tensor, magnitude: Tensor, k: int, dtype: torch.dtype, accumulation_error: float) -> Tensor:
+    """How far each element of a product may be from `value`, fp64 `[M, N]`: see `conformance.suite`.
+
+    magnitude: Σ |x| |w|, `[M, N]`. k: products in a sum. dtype: of the result. accumulation_error: the kernel's own.
+    """
+    info = torch.finfo(dtype)
+    return value.abs() * info.eps / 2 + magnitude * ((k + 16) * 2.0**-24 + accumulation_error) + info.tiny
 
 
 def beyond(

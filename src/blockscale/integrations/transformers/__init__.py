@@ -1,7 +1,7 @@
 """Load block-scaled checkpoints as stored through transformers' models.
 
 `load(path)` gives a model at once. `enable()` makes `AutoModelForCausalLM.from_pretrained(path)` do the same until
-`disable()`; both leave everything that is not block-scaled to transformers.
+`disable()`, `with enabled():` within a block; all leave everything that is not block-scaled to transformers.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers import auto
 
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
 from ...numerics import Numerics
 from ...policy import Policy
-from . import measure, quantizer
-from .quantizer import LOADING, BlockscaleQuantizer, Choice, StoredConfig, check_version
+from . import measure, quantizer, takeover
+from .quantizer import LOADING, Choice, check_version
 
 METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")
 """Values of `quant_method` that `load` takes."""
 ENABLED = ("fp8", "mxfp8", "modelopt")
 """Those of them that `enable` takes over: the others belong to transformers' own integrations too."""
 
-_stock: dict[str, tuple[Any, Any]] = {}
-
-__all__ = ["Policy", "disable", "enable", "load", "measure"]
+__all__ = ["Policy", "disable", "enable", "enabled", "load", "measure"]
 
 
 def load(
@@ -60,56 +57,46 @@ def load(
     config = AutoConfig.from_pretrained(path)
     if not getattr(config, "quantization_config", None):
         config.quantization_config = dict(checkpoint.quantization.raw) or {"quant_method": "fp8"}
-    token = LOADING.set(Choice(numerics, kernel))
-    try:
-        with _installed(METHODS):
-            return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
-    finally:
-        LOADING.reset(token)
+    with _chosen(Choice(numerics, kernel), METHODS):
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
 
 
 def enable(numerics: str | Numerics | Policy = "reference", *, kernel: str | None = None) -> None:
-    """Let `from_pretrained` load block-scaled checkpoints through this library, with these numerics.
+    """Let `from_pretrained` load block-scaled checkpoints through this library, with these numerics, until `disable`.
 
+    For the whole process; `enabled` is for a block of code. A second call changes the numerics.
     Raises BlockscaleError when the installed transformers is not of the tested series.
     """
     check_version()
+    if quantizer.enabled is None:
+        takeover.take(ENABLED)
     quantizer.enabled = Choice(numerics, kernel)
-    _install(ENABLED)
 
 
 def disable() -> None:
     """Give `from_pretrained` back to transformers."""
-    for method, (theirs, config) in _stock.items():
-        _set(auto.AUTO_QUANTIZER_MAPPING, method, theirs)
-        _set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config)
-    _stock.clear()
-    quantizer.enabled = Choice()
-
-
-def _install(methods: tuple[str, ...]) -> None:
-    """`register_quantizer` refuses names that exist, so the entries are replaced, and remembered."""
-    quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in methods:
-        _stock.setdefault(method, (quantizers.get(method), configs.get(method)))
-        quantizers[method], configs[method] = BlockscaleQuantizer, StoredConfig
-
-
-def _set(mapping: dict[str, Any], key: str, value: Any) -> None:
-    if value is None:
-        mapping.pop(key, None)
-    else:
-        mapping[key] = value
+    if quantizer.enabled is not None:
+        takeover.give_back(ENABLED)
+    quantizer.enabled = None
 
 
 @contextmanager
-def _installed(methods: tuple[str, ...]) -> Iterator[None]:
-    before = {m: (auto.AUTO_QUANTIZER_MAPPING.get(m), auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(m)) for m in methods}
-    for m in methods:
-        auto.AUTO_QUANTIZER_MAPPING[m], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[m] = BlockscaleQuantizer, StoredConfig
-    try:
+def enabled(numerics: str | Numerics | Policy = "reference", *, kernel: str | None = None) -> Iterator[None]:
+    """`enable` within a `with` block; the numerics hold in this thread (or task) only.
+
+    Another thread that loads a block-scaled checkpoint meanwhile gets this library too, with the numerics that hold
+    there: `enable`'s, or "reference".
+    """
+    check_version()
+    with _chosen(Choice(numerics, kernel), ENABLED):
         yield
+
+
+@contextmanager
+def _chosen(choice: Choice, methods: tuple[str, ...]) -> Iterator[None]:
+    token = LOADING.set(choice)
+    try:
+        with takeover.taken(methods):
+            yield
     finally:
-        for m, (theirs, config) in before.items():
-            _set(auto.AUTO_QUANTIZER_MAPPING, m, theirs)
-            _set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, m, config)
+        LOADING.reset(token)

@@ -1,21 +1,21 @@
 """Which stored weight belongs where in a transformers model.
 
 The tensors in the file decide what is quantized, never a skip list. A `Slot` says: this stored matrix occupies these
-rows of that module. Loading fills the slots from the file, saving reads them back, so both follow one table, and the
-names on disk (DeepSeek-V4's own ones too) survive a round trip.
+rows of that module. Loading fills the slots from the file and saving reads them back (`filling`), so both follow one
+table, and the names on disk (DeepSeek-V4's own ones too) survive a round trip.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint import Checkpoint, StoredLayer
+from ...checkpoint.header import DTYPES
 from ...errors import CheckpointError
 from ...formats import Format
 from ...nn import BlockDiagonalLinear, Experts, Linear, Names, WeightModule
@@ -208,7 +208,7 @@ def _check_experts(path: str, role: str, found: dict[int, StoredLayer], count: i
         )
 
 
-# -- empty weights, and bytes in and out -------------------------------------------------------------------------
+# -- empty weights ----------------------------------------------------------------------------------------------
 
 
 def _empty_stack(layer: StoredLayer, count: int, rows: int | None = None) -> BlockScaled:
@@ -219,7 +219,7 @@ def _empty_stack(layer: StoredLayer, count: int, rows: int | None = None) -> Blo
 def _empty(layer: StoredLayer, shape: tuple[int, ...]) -> BlockScaled:
     """A weight on the meta device in the layer's format and storage dtypes."""
     fmt, parts, (*lead, n, k) = layer.format, layer.parts, shape
-    scale_dtype = torch.float8_e8m0fnu if layer.scale_dtype == "U8" else _dtype(layer.scale_dtype)
+    scale_dtype = torch.float8_e8m0fnu if layer.scale_dtype == "U8" else DTYPES[layer.scale_dtype]
     data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=fmt.element.dtype, device="meta")
     scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=scale_dtype, device="meta")
     level, static = (
@@ -229,74 +229,9 @@ def _empty(layer: StoredLayer, shape: tuple[int, ...]) -> BlockScaled:
     return BlockScaled(data, scale, fmt, shape=shape, global_scale=level, input_scale=static)
 
 
-def _dtype(code: str) -> torch.dtype:
-    from ...checkpoint.header import DTYPES
-
-    return DTYPES[code]
-
-
 def _meta_like(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else torch.empty_like(bias, device="meta")
 
 
 def _place(model: nn.Module, path: str, ours: nn.Module) -> None:
     model.set_submodule(path, ours.train(model.training))
-
-
-def fill(module: WeightModule, slots: list[Slot], names: Names, checkpoint: Checkpoint) -> None:
-    """Put the stored bytes of `slots` into the module, under its final buffer names.
-
-    A matrix that is a whole module on a CPU stays on the mapped file, without a copy.
-    Raises CheckpointError for scales that cannot multiply, and when buffers were offloaded before they were filled.
-    """
-    ours = module.quantized
-    for slot in slots:
-        weight = checkpoint.load(slot.layer.name)
-        assert isinstance(weight, BlockScaled)
-        if ours.data.is_meta:
-            raise CheckpointError(
-                f"{slot.layer.name}: its module has no device: block-scaled weights are buffers, load without "
-                "offload_buffers=True"
-            )
-        if len(slots) == 1 and ours.device.type == "cpu":
-            module.set_weight(_shaped(weight, ours), names)
-            return
-        for whole, part, row in ((ours.data, weight.data, slot.row), (ours.scale, weight.scale, slot.grid_row)):
-            rows = _bytes(whole).flatten(0, -2)
-            source = _bytes(part).flatten(0, -2)
-            rows[row : row + len(source)].copy_(source)
-        for level, value in ((ours.global_scale, weight.global_scale), (ours.input_scale, weight.input_scale)):
-            if level is not None and value is not None:
-                (level if slot.index is None else level[slot.index]).copy_(value)
-    module.set_weight(ours, names)
-
-
-def _shaped(weight: BlockScaled, like: BlockScaled) -> BlockScaled:
-    """The same bytes under another leading shape (`[G * N, K]` as `[G, N, K]`)."""
-    if weight.shape == like.shape:
-        return weight
-    data = weight.data.reshape(like.data.shape)
-    scale = weight.scale.reshape(like.scale.shape)
-    return BlockScaled(data, scale, weight.format, shape=like.shape)
-
-
-def stored_tensors(module: WeightModule, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-    """The module's data and scales as the checkpoint's tensors: (name, tensor)."""
-    ours = module.row_weight()
-    for slot in slots:
-        layer = slot.layer
-        *lead, n, k = layer.shape
-        stack = math.prod(lead)
-        data, scales = stack * n, stack * layer.format.scale_shape(n, k)[0]
-        yield layer.parts.data, _bytes(ours.data).flatten(0, -2)[slot.row : slot.row + data]
-        yield layer.parts.scale, _bytes(ours.scale).flatten(0, -2)[slot.grid_row : slot.grid_row + scales]
-
-
-def as_stored(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Bytes under the dtype and shape that the file has."""
-    return tensor.contiguous().cpu().view(dtype).reshape(shape)
-
-
-def _bytes(t: Tensor) -> Tensor:
-    """8-bit types as uint8: torch implements few operations on them."""
-    return t.view(torch.uint8) if t.element_size() == 1 else t

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import DenseLinear, StoredModule, WeightModule
+from ...platform import detect
+from .filling import runs_on
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def kernels_in_use(model: nn.Module, m: int = 1) -> dict[str, int]:
     names: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, (WeightModule, DenseLinear)):
-            names[module.plan(dtype).pick(m).name] += 1
+            elsewhere = runs_on(module)
+            plan = module.plan(dtype, None if elsewhere is None else detect(elsewhere))
+            names[plan.pick(m).name] += 1
     return dict(names.most_common())
 
 

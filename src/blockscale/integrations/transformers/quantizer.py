@@ -23,7 +23,8 @@ from ...errors import BlockscaleError, CheckpointError
 from ...nn import DenseLinear, Experts, WeightModule
 from ...numerics import Numerics
 from ...policy import Policy, model_policy
-from .binding import Bindings, as_stored, bind, fill, stored_tensors
+from .binding import Bindings, bind
+from .filling import as_stored, fill, settle, stored_tensors
 
 TESTED = "5.23"
 """The transformers series that these interfaces were tested with: they are private, and upstream is moving them."""
@@ -37,10 +38,10 @@ class Choice:
     kernel: str | None = None
 
 
-enabled = Choice()
-"""Of `enable`: for every thread."""
+enabled: Choice | None = None
+"""Of `enable`: for every thread. None when it is not in force."""
 LOADING: ContextVar[Choice | None] = ContextVar("blockscale_loading", default=None)
-"""Of the `load` that is running in this context, if any."""
+"""Of the `load` or `enabled` that is running in this context, if any."""
 
 
 def check_version() -> None:
@@ -105,7 +106,7 @@ class BlockscaleQuantizer(HfQuantizer):
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             raise CheckpointError("block-scaled models load from safetensors files; got a state_dict or pickle files")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-        choice = LOADING.get() or enabled
+        choice = LOADING.get() or enabled or Choice()
         policy = model_policy(choice.numerics, self.checkpoint.config, kernel=choice.kernel)
         model.blockscale_policy = policy
         with torch.device("cpu"):  # transformers builds models under the meta device
@@ -137,7 +138,7 @@ class BlockscaleQuantizer(HfQuantizer):
                 module = model.get_submodule(path)
                 assert isinstance(module, WeightModule)
                 fill(module, slots, self.bindings.names[path], self.checkpoint)
-                module.pack(model.dtype)
+                settle(module, model.dtype)
         _use_dense_kernels(model)
         model._weight_conversions = []  # get_state_dict_and_metadata gives the checkpoint's names already
         return model

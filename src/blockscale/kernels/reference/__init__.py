@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import reference, routed
 from ...layouts import convert
-from ...platform import Platform
+from ...platform import Platform, detect
 from ...registry import Problem
 from ...tensor import BlockScaled
 
@@ -32,7 +32,17 @@ class _Reference:
                 yield f"{what} is {dtype}, needs float32, bfloat16 or float16"
 
 
-class Linear(_Reference):
+class _Multiply(_Reference):
+    def notes(self, problem: Problem) -> Iterator[str]:
+        yield "dequantizes the weights that it meets to fp32 in each call: right everywhere, fast nowhere"
+        if problem.activation_format is not None and problem.activation_format.two_level:
+            yield (
+                "NVFP4 activations have a faster kernel only in Triton, none on a CPU; "
+                "16-bit ones have (numerics 'weight_only', or 'checkpoint,nvfp4_act=None' for NVFP4 weights alone)"
+            )
+
+
+class Linear(_Multiply):
     name, op = "reference.linear", "linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
@@ -40,7 +50,7 @@ class Linear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class GroupedLinear(_Reference):
+class GroupedLinear(_Multiply):
     name, op = "reference.grouped_linear", "grouped_linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:
@@ -48,7 +58,7 @@ class GroupedLinear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class MaskedLinear(_Reference):
+class MaskedLinear(_Multiply):
     name, op = "reference.masked_linear", "masked_linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, counts: Tensor) -> Tensor:
@@ -56,7 +66,7 @@ class MaskedLinear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class GatheredLinear(_Reference):
+class GatheredLinear(_Multiply):
     name, op = "reference.gathered_linear", "gathered_linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, ids: Tensor) -> Tensor:
@@ -64,7 +74,7 @@ class GatheredLinear(_Reference):
         return y.to(problem.out_dtype)
 
 
-class Matmul(_Reference):
+class Matmul(_Multiply):
     name, op = "reference.matmul", "matmul"
 
     def run(self, problem: Problem, x: BlockScaled, w: BlockScaled) -> Tensor:
@@ -102,6 +112,11 @@ class DenseLinear(_Reference):
     name, op = "reference.dense_linear", "dense_linear"
 
     def run(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype != torch.float32 and detect(x.device).kind == "cuda":
+            # By default torch lets cuBLAS add the partial sums of a split K in x's 16 bits; a result in fp32 does not.
+            # Only CUDA has this form of mm: elsewhere `linear` sums in fp32 as it is.
+            y = torch.mm(x, weight.mT, out_dtype=torch.float32)
+            return (y if bias is None else y + bias).to(problem.out_dtype)
         return torch.nn.functional.linear(x, weight, bias).to(problem.out_dtype)
 
 
