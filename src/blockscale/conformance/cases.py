@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +65,15 @@ class Case:
             self.op, self.n, self.k, x_dtype, self.fmt, self.layout, self.x_dtype, self.policy, self.groups, static,
             x_format=x_format, w_dtype=w_dtype,
         )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as JSON holds them."""
+        return {**asdict(self), "x_dtype": str(self.x_dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Case:
+        """Undo `to_json`."""
+        return cls(**{**fields, "x_dtype": getattr(torch, fields["x_dtype"])})
 
     def __str__(self) -> str:
         dtype = str(self.x_dtype).removeprefix("torch.")

@@ -16,9 +16,9 @@ is held to that instead of to bytes. One that also multiplies shows what it mult
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,43 +27,14 @@ from torch.overrides import TorchFunctionMode
 
 from .. import layouts, reference
 from ..errors import UnknownNameError
-from ..platform import Platform, detect
+from ..platform import detect
 from ..registry import Kernel, QuantizerTolerance, explain, kernels
 from ..tensor import BlockScaled
 from .cases import Case, cases
 from .operands import RMS_EPS, SWIGLU_LIMIT, Expected, Operands, expected, make
+from .report import Failure, Report
 from .tolerance import Found, beyond
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One kernel's first wrong element in one case."""
-
-    kernel: str
-    case: str
-    coordinate: list[int] | None
-    got: str
-    want: str
-
-
-@dataclass
-class Report:
-    """What ran. `kernels` maps each kernel to its number of cases; `max_error` to its worst error over its bound."""
-
-    platform: str
-    cases: int = 0
-    passed: int = 0
-    kernels: dict[str, int] = field(default_factory=dict)
-    max_error: dict[str, float] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def failed(self) -> int:
-        return self.cases - self.passed
-
-    def to_json(self) -> dict[str, Any]:
-        """As the CLI prints it."""
-        return {**asdict(self), "failed": self.failed}
+from .workers import run_sharded
 
 
 def run(
@@ -72,40 +43,49 @@ def run(
     kernel: str | None = None,
     ops: Iterable[str] | None = None,
     quick: bool = False,
-    platform: Platform | None = None,
+    workers: int = 0,
+    seconds: float | None = None,
 ) -> Report:
     """Try every accepting kernel on `device`.
 
-    kernel: only this kernel or family. ops: only these. quick: one small case of each kind.
+    kernel: only this kernel or family. ops: only these. quick: one small case of each kind. workers: processes that
+    share the cases, 0 for this one; they see kernels of packages and entry points, not those registered by hand here.
+    seconds: start no case after that; what is left is counted as untried.
     Raises UnknownNameError when no kernel has the name.
     """
     if kernel is not None and not any(_named(k, kernel) for k in kernels()):
         raise UnknownNameError("kernel", kernel, sorted({k.name for k in kernels()}))
-    platform = platform or detect(device)
-    report = Report(str(platform))
+    report, began = Report(str(detect(device))), time.monotonic()
     wanted = None if ops is None else set(ops)
-    for case in cases(quick=quick):
-        if wanted is not None and case.op not in wanted:
-            continue
-        candidates = [
-            d.kernel
-            for d in explain(case.problem(), platform)
-            if d.accepted and (kernel is None or _named(d.kernel, kernel)) and _serves(d.kernel, case.m)
-        ]
-        if not candidates:
-            continue
-        operands = make(case)
-        want = None if case.op.endswith("quantize") else expected(case, operands)
-        for candidate in candidates:
-            failure, error = check(candidate, case, device, operands, want)
-            report.cases += 1
-            report.kernels[candidate.name] = report.kernels.get(candidate.name, 0) + 1
-            report.max_error[candidate.name] = max(report.max_error.get(candidate.name, 0.0), error)
-            if failure:
-                report.failures.append(failure)
-            else:
-                report.passed += 1
+    chosen = [c for c in cases(quick=quick) if wanted is None or c.op in wanted]
+    chosen = [c for c in chosen if candidates(c, device, kernel)]
+    if workers:
+        run_sharded(report, chosen, str(device), kernel, workers, seconds)
+    else:
+        for case in chosen:
+            if seconds is not None and time.monotonic() - began > seconds:
+                report.untried += 1
+                continue
+            prepared = prepare(case)
+            for candidate in candidates(case, device, kernel):
+                report.add(candidate.name, str(case), *check(candidate, case, device, *prepared))
+    report.seconds = time.monotonic() - began
     return report
+
+
+def candidates(case: Case, device: torch.device | str, name: str | None = None) -> list[Kernel]:
+    """Kernels that accept a case on a device and serve its M; name: only this kernel or family."""
+    return [
+        d.kernel
+        for d in explain(case.problem(), detect(device))
+        if d.accepted and (name is None or _named(d.kernel, name)) and _serves(d.kernel, case.m)
+    ]
+
+
+def prepare(case: Case) -> tuple[Operands, Expected | None]:
+    """Operands and, for multiplying ops, what must come out: the same for every kernel of the case."""
+    operands = make(case)
+    return operands, None if case.op.endswith("quantize") else expected(case, operands)
 
 
 def check(
