@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from . import environment, verdicts
 from .errors import BlockscaleError
+from .version import __version__
 
 KINDS = ("cpu", "cuda", "rocm", "xpu")
 """The kinds that `detect` knows. `kind` itself is an open string: third parties may bring their own."""
@@ -102,11 +104,28 @@ def _version(text: str) -> tuple[int, ...]:
 
 @cache
 def detect(device: torch.device | str = "cpu") -> Platform:
-    """Describe a device of this machine. Cached: hardware and packages do not change under a process.
+    """Describe a device of this machine, kernels that failed their self-test here included.
 
+    Cached: hardware and packages do not change under a process; `detect.cache_clear()` after a new verdict.
     Raises BlockscaleError when torch has no such device.
     """
-    device = torch.device(device)
+    found = _detect(torch.device(device))
+    return found.with_features(verdicts.failures(identity(found)))
+
+
+def identity(found: Platform) -> str:
+    """Key of everything that could change a kernel's results: device, driver, versions, the kernels' own files."""
+    files = sorted(p for p in Path(__file__).parent.glob("kernels/**/*") if p.suffix in (".py", ".so"))
+    ours = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    theirs = [
+        f"{e.value} {e.dist.version if e.dist else ''}" for e in metadata.entry_points(group="blockscale.kernels")
+    ]
+    bare = replace(found, features=tuple(f for f in found.features if not f[0].startswith("self-test.")))
+    return verdicts.key([str(bare), environment.driver(found.kind), __version__, *ours, *sorted(theirs)])
+
+
+@cache
+def _detect(device: torch.device) -> Platform:
     versions = [("torch", torch.__version__.split("+")[0]), *_packages()]
     if device.type == "cpu":
         return Platform("cpu", _cpu_arch(), (*versions, *_cpu_native()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import conformance
+from ..conformance.html import page
 from ._output import print_json
 
 
@@ -18,10 +20,13 @@ def register(app: typer.Typer) -> None:
         quick: Annotated[bool, typer.Option("--quick", help="One small case of each kind.")] = False,
         workers: Annotated[int, typer.Option(help="Processes that share the cases; 0 runs them here.", min=0)] = 0,
         seconds: Annotated[float | None, typer.Option(help="Start no case after that many seconds.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Run every accepting kernel against the reference: formats, ragged shapes, edge values. Exit 1 on a fault."""
         report = conformance.run(device, kernel=kernel, quick=quick, workers=workers, seconds=seconds)
+        if html is not None:
+            html.write_text(page(report))
         if as_json:
             print_json(report.to_json())
         else:

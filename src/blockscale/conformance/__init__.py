@@ -8,6 +8,6 @@
 
 from .cases import Case, cases
 from .report import Failure, Report
-from .suite import check, run
+from .suite import Verdict, check, examine, run
 
-__all__ = ["Case", "Failure", "Report", "cases", "check", "run"]
+__all__ = ["Case", "Failure", "Report", "Verdict", "cases", "check", "examine", "run"]

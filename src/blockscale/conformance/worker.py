@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 import torch
 
+from ..platform import detect
 from .cases import Case
-from .suite import candidates, check, prepare
+from .suite import candidates, examine, prepare
 
 
 def main(device: str, answers: TextIO) -> None:
@@ -26,12 +27,13 @@ def main(device: str, answers: TextIO) -> None:
         request = json.loads(line)
         case = Case.from_json(request["case"])
         lost = False
-        kernels = [k for k in candidates(case, device, request["kernel"]) if k.name not in request["skip"]]
+        kernels = [k for k in candidates(case, detect(device), request["kernel"]) if k.name not in request["skip"]]
         prepared = prepare(case) if kernels else None
         for kernel in kernels:
             _say(answers, at=kernel.name)
-            failure, error = check(kernel, case, device, *(prepared or ()))
-            _say(answers, kernel=kernel.name, failure=asdict(failure) if failure else None, error=error)
+            failure, error, row = examine(kernel, case, device, *(prepared or ()))
+            said = asdict(failure) if failure else None
+            _say(answers, kernel=kernel.name, failure=said, error=error, row_error=row)
             if failure and not _answers(device):
                 lost = True
                 break

@@ -135,7 +135,7 @@ def _try(
                 tried.append(answer["kernel"])
                 failure = Failure(**answer["failure"]) if answer["failure"] else None
                 with lock:
-                    report.add(answer["kernel"], str(case), failure, answer["error"])
+                    report.add(answer["kernel"], str(case), failure, answer["error"], answer["row_error"])
             return process
         except Died as died:
             process.stop()
@@ -146,6 +146,6 @@ def _try(
                 raise RuntimeError(f"a worker for {device} cannot start: {died.how}") from died
             if died.kernel:
                 tried.append(died.kernel)
-                failure = Failure(died.kernel, str(case), None, died.how, "a result")
+                failure = Failure(died.kernel, str(case), None, died.how, "a result", "raised", case.op)
                 with lock:
                     report.add(died.kernel, str(case), failure, float("inf"))
