@@ -21,8 +21,8 @@ SHAPES = (
 )  # fmt: skip
 """(M, N, K): one row, less than a block, odd rows, every dimension ragged against 32, 64 and 128, a square grid of
 scales, one past each tile, a long sum."""
-QUANTIZE_SHAPES = ((1, 128), (3, 576), (7, 200), (129, 320), (256, 1024))
-"""(rows, cols)."""
+QUANTIZE_SHAPES = ((1, 128), (3, 576), (4, 512), (7, 200), (129, 320), (256, 1024))
+"""(rows, cols); one has as many rows as groups of 128."""
 WEIGHTS = (
     "fp8_128x128", "fp8_128x128_ue8m0", "fp8_32x32_ue8m0", "fp8_1x128", "fp8_row", "fp8_tensor",
     "fp8e5m2_128x128", "fp8fnuz_128x128", "mxfp8", "mxfp4", "nvfp4",

@@ -88,11 +88,11 @@ def _run_here(kernel: Kernel, case: Case, device: torch.device) -> str | None:
 
 
 def _run_there(process: Process, kernel: Kernel, case: Case) -> str | None:
-    for answer in process.ask(case, kernel.name, []):
-        if answer["failure"]:
-            return f"got {answer['failure']['got']}, want {answer['failure']['want']}"
-        return None
-    raise Died("", f"a new process does not know {kernel.name}")
+    answers = list(process.ask(case, kernel.name, []))
+    if not answers:
+        raise Died("", f"a new process does not know {kernel.name}")
+    failure = answers[0]["failure"]
+    return f"got {failure['got']}, want {failure['want']}" if failure else None
 
 
 def _cases(kernel: Kernel, problem: Problem, device: torch.device) -> Iterator[Case]:
