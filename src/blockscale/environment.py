@@ -138,9 +138,7 @@ def _package(name: str) -> str:
     if tried.returncode < 0:
         return f"broken: importing it ends the process with signal {-tried.returncode}"
     if tried.returncode:
-        return (
-            f"broken: {([*tried.stderr.strip().splitlines(), 'import fails'])[-1] if tried.stderr else 'import fails'}"
-        )
+        return f"broken: {(tried.stderr.strip() or 'import fails').splitlines()[-1]}"
     return _safely(lambda: metadata.version(name.replace("_", "-")), "there") or "there"
 
 

@@ -151,18 +151,21 @@ def _require(available: bool, device: torch.device) -> None:
 
 
 def _packages() -> list[tuple[str, str]]:
-    found = []
-    for name in _FEATURE_PACKAGES:
-        if util.find_spec(name.replace("-", "_")):
-            found.append((name, _package_version(name)))
-    return found
+    return [(name, _package_version(name)) for name in _FEATURE_PACKAGES if _importable(name.replace("-", "_"))]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a module without a spec: something else took its name
+        return False
 
 
 def _package_version(name: str) -> str:
     for distribution in _DISTRIBUTIONS.get(name, (name.replace("_", "-"),)):
         try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:  # importable without metadata: vendored or a source tree
+            return metadata.version(distribution) or ""
+        except (metadata.PackageNotFoundError, KeyError):  # without metadata, or half of it: vendored, a source tree
             continue
     return ""
 
@@ -180,6 +183,11 @@ def _recorded_ops(record: dict[str, Any], described: Platform) -> list[tuple[str
     return list(record["schemas"].items()) if known else []
 
 
+def recorded_schema(op: str) -> str | None:
+    """The schema that our adapters know of a package's torch op, None for an op that is not on record."""
+    return next((r["schemas"][op] for r in _records() if op in r["schemas"]), None)
+
+
 def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(what went wrong, ops that are there) of packages that register torch ops when they are imported."""
     errors, ops = [], []
@@ -189,8 +197,8 @@ def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
                 importlib.import_module(module)
         except ModuleNotFoundError:
             continue
-        except (ImportError, OSError) as e:  # built for another torch, or a library is missing
-            errors.append((f"{record['package']}.error", str(e).splitlines()[0]))
+        except Exception as e:  # built for another torch, a library is missing, half an installation
+            errors.append((f"{record['package']}.error", f"{e} ".splitlines()[0].replace("+", " plus ").strip()))
         for op in record["schemas"]:
             ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
     return errors, ops

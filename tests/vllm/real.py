@@ -5,6 +5,7 @@ and what it chooses, `Fp8LinearMethod` (create_weights, process_weights_after_lo
 Not executed: an engine, model loading, a GPU.
 """
 
+import inspect
 import os
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # a CUDA wheel on a machine without a GPU
@@ -12,8 +13,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 import pytest
 import torch
-import vllm
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, create_fp8_quant_key
@@ -21,16 +22,20 @@ from vllm.platforms import PlatformEnum, current_platform
 from vllm.plugins import load_general_plugins
 
 import blockscale
+import vllm
 from blockscale import observe, reference
 
 OURS = "BlockscaleFp8BlockLinearKernel"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded():
-    """vLLM finds and calls our entry point by itself."""
+def loaded(tmp_path_factory):
+    """vLLM finds and calls our entry point by itself; its groups exist, of one process."""
     load_general_plugins()
+    meeting = tmp_path_factory.mktemp("groups") / "store"
     with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        initialize_model_parallel()
         yield
 
 
@@ -80,6 +85,7 @@ def caplog_vllm(caplog):
             value.cache_clear()
     root = logging.getLogger("vllm")
     root.addHandler(caplog.handler)
+    root.setLevel(logging.INFO)  # what VLLM_LOGGING_LEVEL is by default
     yield caplog
     root.removeHandler(caplog.handler)
 
@@ -139,3 +145,28 @@ def test_compiled_by_torch_it_is_one_op():
     x = torch.randn(3, 256)
     run = torch.compile(lambda x: kernel.apply_weights(layer, x), fullgraph=True)
     torch.testing.assert_close(run(x), kernel.apply_weights(layer, x))
+
+
+def test_the_contract_of_make_test_is_vllm_s():
+    """Every signature and name that tests/vllm/contract.py states."""
+    import contract
+
+    def parameters(function):
+        return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+    ours_base, base = contract.Fp8BlockScaledMMLinearKernel, kernels.Fp8BlockScaledMMLinearKernel
+    for name in (
+        "is_supported",
+        "can_implement",
+        "process_weights_after_loading",
+        "apply_weights",
+        "apply_block_scaled_mm",
+    ):
+        assert parameters(getattr(ours_base, name)) == parameters(getattr(base, name)), name
+    assert parameters(contract.register_linear_kernel) == parameters(kernels.register_linear_kernel)
+    config = chosen(192, 576).config
+    for field in contract.Config.__dataclass_fields__:
+        assert hasattr(config, field)
+    assert config.weight_quant_key.scale.group_shape == contract.config(192, 576).weight_quant_key.scale.group_shape
+    assert config.activation_quant_key.scale.static is False
+    assert {p.name for p in contract.PlatformEnum} == {p.name for p in PlatformEnum}

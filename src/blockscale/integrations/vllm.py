@@ -1,11 +1,11 @@
 """Our kernels inside vLLM: a plugin that adds one linear kernel to its FP8 block lists, on every platform.
 
-vLLM loads `register` through the entry point `vllm.general_plugins`. It then asks `BlockscaleFp8BlockLinearKernel` about
-each layer, after its own kernels, and logs what it selected. `BLOCKSCALE_VLLM=first` puts ours before them, `off` leaves
-vLLM alone; vLLM's own VLLM_DISABLED_KERNELS takes kernels out by name. Written against vLLM 0.33 (docs/vllm.md).
+vLLM loads `register` through the entry point `vllm.general_plugins`. It then asks `BlockscaleFp8BlockLinearKernel`
+about each layer, after its own kernels, and logs what it selected. `BLOCKSCALE_VLLM=first` puts ours before them, `off`
+leaves vLLM alone; vLLM's own VLLM_DISABLED_KERNELS takes kernels out by name. Written against vLLM 0.33 (docs/vllm.md).
 
-Computed is what the checkpoint says and what vLLM's own kernels compute: activations in groups of the block's width with
-fp32 scales, whatever the scales of the weights are stored in; sums in fp32; one rounding to the layer's dtype.
+Computed is what the checkpoint says and what vLLM's own kernels compute: activations in groups of the block's width
+with fp32 scales, whatever the scales of the weights are stored in; sums in fp32; one rounding to the layer's dtype.
 The layer's parameters stay as they were loaded, so code that reads them (MLA's absorption) still finds them.
 """
 
