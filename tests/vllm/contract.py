@@ -67,9 +67,11 @@ class Fp8BlockScaledMMLinearKernel(ABC):
     @abstractmethod
     def can_implement(cls, config): ...
 
-    def process_weights_after_loading(self, layer): ...
+    def process_weights_after_loading(self, layer):
+        raise NotImplementedError
 
-    def apply_weights(self, layer, x, bias=None, **kwargs): ...
+    def apply_weights(self, layer, x, bias=None, **kwargs):
+        raise NotImplementedError
 
     @abstractmethod
     def apply_block_scaled_mm(self, A, B, As, Bs): ...

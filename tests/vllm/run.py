@@ -1,9 +1,9 @@
-"""The vLLM plugin against the real vLLM 0.33.0 (`make test-vllm`): not part of `make test`, since it downloads gigabytes.
+"""The vLLM plugin against the real vLLM 0.33.0 (`make test-vllm`); not in `make test`, since it downloads gigabytes.
 
 python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0` and runs real.py in it
 python tests/vllm/run.py --python PATH        uses a Python that has vLLM already
 
-No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py says what is and is not executed.
+No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py says what is executed.
 """
 
 from __future__ import annotations
