@@ -151,7 +151,8 @@ def _quantize(
     )
     run = plan.pick(x.shape[-2]).run
     if x.dim() == 2:
-        return _parts(run(problem, x, scale, floor))
+        data, made, level = _parts(run(problem, x, scale, floor))
+        return data, made.clone() if made is scale else made, level  # an op may not return what it was given
     lead = x.shape[:-2]
     scales = None if scale is None else scale.flatten(0, -3)
     matrices = [

@@ -1,8 +1,8 @@
 """Run inside a Python that has vLLM 0.33 (see run.py): its own code, asked, loaded and called with our kernel in it.
 
-Executed for real: vLLM's plugin loader over our entry point, `register_linear_kernel`, `init_fp8_linear_kernel` and what
-it chooses, `Fp8LinearMethod` (create_weights, process_weights_after_loading, apply; not its `__init__`), its QuantKey and
-GroupShape. Not executed: an engine, model loading, a GPU.
+Executed for real: vLLM's plugin loader over our entry point, `register_linear_kernel`, `init_fp8_linear_kernel` and
+what it chooses, `Fp8LinearMethod` (create_weights, process_weights_after_loading, apply; not its `__init__`), its
+QuantKey and GroupShape. Not executed: an engine, model loading, a GPU.
 """
 
 import inspect
