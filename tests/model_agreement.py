@@ -31,6 +31,9 @@ FP32_TOLERANCE = 2.0**-20
 
 Arguments = tuple[Tensor, ...]
 
+TERM_ROUNDINGS = 6
+"""The most that `conformance.compare.roundings` counts for a term outside of its sum."""
+
 
 def row_tolerance(kernel: Any) -> float:
     """Error of a row relative to its norm that a kernel may have: what it declares, as conformance reads it, but of
@@ -78,7 +81,7 @@ def check_layers(model: nn.Module, truth: nn.Module, inputs: Mapping[str, Argume
         kernel = serving(module, args)
         extra = float(getattr(kernel, "accumulation_error", 0.0))
         error = (got - value).abs()
-        bound = product_bound(value, magnitude, args[0].shape[-1], args[0].dtype, extra)
+        bound = product_bound(value, magnitude, args[0].shape[-1] + TERM_ROUNDINGS, args[0].dtype, extra)
         norm = value.norm(dim=-1)
         rows = (error.norm(dim=-1) / norm.clamp(min=1e-30))[norm > 0]
         worst = float((error / bound).nan_to_num(torch.inf).max()), float(rows.nan_to_num(torch.inf).max())

@@ -7,6 +7,8 @@
 torch.Size([4, 192])
 """
 
+import os
+
 from . import nn
 from .errors import (
     BlockscaleError,
@@ -36,6 +38,7 @@ from .ops import (
 from .platform import Platform, detect
 from .registry import Decision, Kernel, Plan, Problem, explain, register, select, unregister
 from .tensor import BlockScaled
+from .verdicts import SWITCH as _SWITCH
 from .version import __version__
 
 __all__ = [
@@ -79,3 +82,8 @@ __all__ = [
     "swiglu_quantize",
     "unregister",
 ]
+
+if os.environ.get(_SWITCH) == "1":
+    from .conformance import selftest as _selftest
+
+    _selftest.enable()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -140,7 +139,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_catalogue())
 """The formats in use. `get_format` also accepts any other block size that the name grammar can say."""
 
 
-@cache
 def get_format(name: str | Format) -> Format:
     """The format of that name, e.g. "fp8_128x128_ue8m0" or "fp8_64x256".
 
@@ -148,7 +146,13 @@ def get_format(name: str | Format) -> Format:
     """
     if isinstance(name, Format):
         return name
-    fmt = FORMATS.get(name) or _build(name)
+    fmt = _known.get(name)  # a dict and no functools.cache, about which torch.compile warns
     if fmt is None:
-        raise UnknownNameError("format", name, FORMATS)
+        fmt = _build(name)
+        if fmt is None:
+            raise UnknownNameError("format", name, FORMATS)
+        _known[name] = fmt
     return fmt
+
+
+_known: dict[str, Format] = dict(FORMATS)

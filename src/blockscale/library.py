@@ -21,7 +21,6 @@ from .formats import Format, ScaleRounding, get_format
 from .layouts import get_layout
 from .numerics import get_numerics
 from .observe import calls, span
-from .platform import detect
 from .registry import Plan, Problem
 from .tensor import BlockScaled
 
@@ -55,7 +54,7 @@ def _bind_weight(
 ) -> tuple[Problem, Plan, Format]:  # fmt: skip
     fmt = get_format(format)
     problem = Problem(op, n, k, x_dtype, fmt, layout, x_dtype, get_numerics(numerics), groups, static)
-    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False), fmt
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False), fmt
 
 
 @cache
@@ -66,7 +65,7 @@ def _bind_result(
     rounding = cast(ScaleRounding, scale_rounding) if scale_rounding else None
     fmt = get_format(format)
     problem = Problem(op, 0, cols, x_dtype, fmt, layout, x_dtype, static=static, scale_rounding=rounding)
-    return problem, registry.select(problem, detect(device), kernel=kernel or None)
+    return problem, registry.plan_for(problem, device, kernel=kernel or None)
 
 
 @cache
@@ -74,7 +73,7 @@ def _bind_dense(
     x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device, n: int, k: int, kernel: str
 ) -> tuple[Problem, Plan]:
     problem = Problem("dense_linear", n, k, x_dtype, None, out_dtype=x_dtype, w_dtype=w_dtype)
-    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False)
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
 
 
 registry.on_change += [_bind_weight.cache_clear, _bind_result.cache_clear, _bind_dense.cache_clear]
@@ -167,7 +166,8 @@ def _quantize(
     )
     run = plan.pick(x.shape[-2]).run
     if x.dim() == 2:
-        return _parts(run(problem, x, scale, floor))
+        data, made, level = _parts(run(problem, x, scale, floor))
+        return data, made.clone() if made is scale else made, level  # an op may not return what it was given
     lead = x.shape[:-2]
     scales = None if scale is None else scale.flatten(0, -3)
     matrices = [

@@ -11,7 +11,6 @@ from . import gradients, library, reference, registry, routed
 from .errors import DtypeError, ShapeError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
-from .platform import detect
 from .registry import Problem
 from .tensor import BlockScaled
 
@@ -109,7 +108,7 @@ def matmul(
     _check_inner(x.shape, w)
     n, k = w.shape[-2:]
     problem = Problem("matmul", n, k, x.data.dtype, w.format, w.layout, out_dtype, x_format=x.format, x_layout=x.layout)
-    plan = registry.select(problem, detect(x.device), kernel=kernel, repack=False)
+    plan = registry.plan_for(problem, x.device, kernel=kernel, repack=False)
     return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w))
 
 

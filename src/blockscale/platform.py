@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from . import environment, verdicts
 from .errors import BlockscaleError
+from .version import __version__
 
 KINDS = ("cpu", "cuda", "rocm", "xpu")
 """The kinds that `detect` knows. `kind` itself is an open string: third parties may bring their own."""
@@ -103,11 +105,28 @@ def _version(text: str) -> tuple[int, ...]:
 
 @cache
 def detect(device: torch.device | str = "cpu") -> Platform:
-    """Describe a device of this machine. Cached: hardware and packages do not change under a process.
+    """Describe a device of this machine, kernels that failed their self-test here included.
 
+    Cached: hardware and packages do not change under a process; `detect.cache_clear()` after a new verdict.
     Raises BlockscaleError when torch has no such device.
     """
-    device = torch.device(device)
+    found = _detect(torch.device(device))
+    return found.with_features(verdicts.failures(identity(found)))
+
+
+def identity(found: Platform) -> str:
+    """Key of everything that could change a kernel's results: device, driver, versions, the kernels' own files."""
+    files = sorted(p for p in Path(__file__).parent.glob("kernels/**/*") if p.suffix in (".py", ".so"))
+    ours = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    theirs = [
+        f"{e.value} {e.dist.version if e.dist else ''}" for e in metadata.entry_points(group="blockscale.kernels")
+    ]
+    bare = replace(found, features=tuple(f for f in found.features if not f[0].startswith("self-test.")))
+    return verdicts.key([str(bare), environment.driver(found.kind), __version__, *ours, *sorted(theirs)])
+
+
+@cache
+def _detect(device: torch.device) -> Platform:
     versions = [("torch", torch.__version__.split("+")[0]), *_packages()]
     if device.type == "cpu":
         return Platform("cpu", _cpu_arch(), (*versions, *_cpu_native()))
@@ -134,18 +153,21 @@ def _require(available: bool, device: torch.device) -> None:
 
 
 def _packages() -> list[tuple[str, str]]:
-    found = []
-    for name in _FEATURE_PACKAGES:
-        if util.find_spec(name.replace("-", "_")):
-            found.append((name, _package_version(name)))
-    return found
+    return [(name, _package_version(name)) for name in _FEATURE_PACKAGES if _importable(name.replace("-", "_"))]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a module without a spec: something else took its name
+        return False
 
 
 def _package_version(name: str) -> str:
     for distribution in _DISTRIBUTIONS.get(name, (name.replace("_", "-"),)):
         try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:  # importable without metadata: vendored or a source tree
+            return metadata.version(distribution) or ""
+        except (metadata.PackageNotFoundError, KeyError):  # without metadata, or half of it: vendored, a source tree
             continue
     return ""
 
@@ -163,6 +185,11 @@ def _recorded_ops(record: dict[str, Any], described: Platform) -> list[tuple[str
     return list(record["schemas"].items()) if known else []
 
 
+def recorded_schema(op: str) -> str | None:
+    """The schema that our adapters know of a package's torch op, None for an op that is not on record."""
+    return next((r["schemas"][op] for r in _records() if op in r["schemas"]), None)
+
+
 def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(what went wrong, ops that are there) of packages that register torch ops when they are imported."""
     errors, ops = [], []
@@ -172,8 +199,8 @@ def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
                 importlib.import_module(module)
         except ModuleNotFoundError:
             continue
-        except (ImportError, OSError) as e:  # built for another torch, or a library is missing
-            errors.append((f"{record['package']}.error", str(e).splitlines()[0]))
+        except Exception as e:  # built for another torch, a library is missing, half an installation
+            errors.append((f"{record['package']}.error", f"{e} ".splitlines()[0].replace("+", " plus ").strip()))
         for op in record["schemas"]:
             ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
     return errors, ops

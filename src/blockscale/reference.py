@@ -233,7 +233,7 @@ def encode_fp4(x: Tensor) -> Tensor:
     """|x| <= 6 to E2M1 codes 0 … 15, ties to the even code."""
     grid = torch.tensor(_E2M1, device=x.device)
     midpoints = (grid[1:] + grid[:-1]) / 2
-    magnitude = x.abs()
+    magnitude = x.abs().contiguous()
     below, above = torch.bucketize(magnitude, midpoints), torch.bucketize(magnitude, midpoints, right=True)
     code = torch.where(below % 2 == 0, below, above)  # they differ at a tie, by one: take the even of the two
     return (code + 8 * torch.signbit(x)).to(torch.uint8)

@@ -9,149 +9,28 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
+from . import verdicts
+from .contract import ANY_LAYOUT, OPS, Decision, Kernel, Plan, Problem, QuantizerTolerance, Span
 from .errors import BlockscaleError, NoKernelError, UnknownNameError
-from .formats import Format, ScaleRounding
-from .numerics import PRESETS, Numerics
 from .observe import logger
-from .platform import Platform
+from .platform import Platform, detect
 
-OPS = (
-    "linear", "grouped_linear", "masked_linear", "gathered_linear", "matmul", "quantize", "swiglu_quantize",
-    "rmsnorm_quantize", "dense_linear",
-)  # fmt: skip
 ENTRY_POINTS = "blockscale.kernels"
 OVERRIDE = "BLOCKSCALE_KERNEL"
-ANY_LAYOUT = "any"
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything a kernel may look at when it decides; nothing else. M is absent: the Plan chooses by M.
-
-    op: one of OPS. n, k: weight rows and columns in elements (for quantize ops k is the columns of x, n is 0).
-    x_dtype, out_dtype: dtypes of the activations and the result.
-    format: the weight's format; for quantize ops the result's; None for dense_linear.
-    layout: how the weight is packed; for quantize ops how the result shall be.
-    groups: experts of a grouped op, else 0. static: a scale for x is given, not computed.
-    scale_rounding: overrides the format's rule in quantize ops.
-    x_format, x_layout: how x is stored, where it comes quantized (matmul).
-    w_dtype: dtype of an unquantized weight (dense_linear).
-    """
-
-    op: str
-    n: int
-    k: int
-    x_dtype: torch.dtype
-    format: Format | None
-    layout: str = "row"
-    out_dtype: torch.dtype = torch.bfloat16
-    numerics: Numerics = PRESETS["checkpoint"]
-    groups: int = 0
-    static: bool = False
-    scale_rounding: ScaleRounding | None = None
-    x_format: Format | None = None
-    x_layout: str = "row"
-    w_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise UnknownNameError("op", self.op, OPS)
-
-    @property
-    def activation_format(self) -> Format | None:
-        """Format that x takes before the multiplication; None leaves it as it is."""
-        return self.numerics.activation_format(self.format) if self.format else None
-
-    def __str__(self) -> str:
-        experts = f"{self.groups} x " if self.groups else ""
-        shape = f"[M, {self.k}] x {experts}[{self.n}, {self.k}]" if self.n else f"[M, {self.k}]"
-        dtypes = f"{_short(self.x_dtype)} -> {_short(self.out_dtype)}"
-        return f"{self.op} {shape} {self.format or ''} {dtypes} numerics={self.numerics} layout={self.layout}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@runtime_checkable
-class Kernel(Protocol):
-    """One way to compute one op. A backend is a folder under `kernels/`, or a package with an entry point."""
-
-    name: str
-    """"<backend>.<variant>", unique for each op."""
-    op: str
-    layout: str
-    """Weight layout that it reads (`layouts.LAYOUTS`), or "any"."""
-    priority: int
-    """Larger is tried first."""
-    m_range: tuple[int, int | None]
-    """Rows of x that it serves, inclusive; None is no upper end."""
-
-    def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
-        """Yield every reason why it cannot run the problem. Pure: no hardware, environment or imports asked."""
-
-    run: Any
-    """Compute. Its arguments depend on the op (see CONTRIBUTING.md); it never hands over to another kernel."""
-
-
-class QuantizerTolerance(NamedTuple):
-    """How far a kernel's own quantizer may be from the definition, declared as its `quantizer_tolerance`.
-
-    The scale before rounding may be off by the factor `1 ± scale_error` and is at least `scale_floor`; codes may be
-    `codes` neighbours away from those that the definition gives for the scale that was written.
-    """
-
-    scale_error: float
-    scale_floor: float
-    codes: int
-
-
-class Decision(NamedTuple):
-    """One kernel's answer. No reasons means that it accepts."""
-
-    kernel: Kernel
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    """What an accepting kernel does besides the computation, such as copies that its library needs."""
-
-    @property
-    def accepted(self) -> bool:
-        return not self.reasons
-
-
-class Span(NamedTuple):
-    """Kernel for `m_min <= M <= m_max` (None: no upper end)."""
-
-    m_min: int
-    m_max: int | None
-    kernel: Kernel
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What runs a problem: one packed layout and the kernels that read it, by M."""
-
-    layout: str
-    spans: tuple[Span, ...]
-
-    def pick(self, m: int) -> Kernel:
-        """The kernel for M rows. M = 0 takes the first."""
-        for span in self.spans:
-            if span.m_max is None or m <= span.m_max:
-                return span.kernel
-        raise NoKernelError(f"no kernel in this plan serves M={m}: {self}")
-
-    def __str__(self) -> str:
-        return ", ".join(f"M {lo}..{'' if hi is None else hi}: {kernel.name}" for lo, hi, kernel in self.spans)
+__all__ = [
+    "ANY_LAYOUT", "ENTRY_POINTS", "OPS", "OVERRIDE", "Decision", "Kernel", "Plan", "Problem", "QuantizerTolerance",
+    "Span", "broken", "explain", "kernels", "on_change", "ordered", "plan_for", "register", "select", "unregister",
+]  # fmt: skip
 
 
 _registered: list[Kernel] = []
@@ -164,17 +43,23 @@ def register(kernel: Kernel) -> Kernel:
     """
     _check(kernel, kernels())
     _registered.append(kernel)
-    _forget()
+    forget()
     return kernel
 
 
 def unregister(kernel: Kernel) -> None:
     """Undo `register`."""
     _registered.remove(kernel)
-    _forget()
+    forget()
 
 
-def _forget() -> None:
+def registered_here(kernel: Kernel) -> bool:
+    """Whether it came through `register`, so that only this process knows it."""
+    return kernel in _registered
+
+
+def forget() -> None:
+    """Drop every memoised choice: the kernels changed, or what is known of them."""
     kernels.cache_clear()
     _select.cache_clear()
     for callback in on_change:
@@ -196,10 +81,26 @@ def kernels() -> tuple[Kernel, ...]:
             _check(kernel, found)
             found.append(kernel)
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        for kernel in entry.load():
+        for kernel in _load(entry):
             _check(kernel, found, where=f"entry point {entry.name} = {entry.value}")
             found.append(kernel)
     return tuple(sorted([*found, *_registered], key=lambda k: (k.op, -k.priority)))
+
+
+broken: dict[str, str] = {}
+"""Entry points that could not be loaded, and why. They are logged, and `blockscale doctor` lists them."""
+
+
+def _load(entry: metadata.EntryPoint) -> list[Kernel]:
+    """A package's kernels; none when it cannot be imported: another's half-installed package must not stop ours."""
+    try:
+        found: list[Kernel] = list(entry.load())
+        broken.pop(entry.value, None)
+    except Exception as e:  # whatever its import raises
+        broken[entry.value] = f"{type(e).__name__}: {e}"
+        logger.warning("kernels of entry point %s = %s: %s", entry.name, entry.value, broken[entry.value])
+        return []
+    return found
 
 
 def _check(kernel: Kernel, others: Iterator[Kernel] | list[Kernel] | tuple[Kernel, ...], where: str = "") -> None:
@@ -235,6 +136,8 @@ def explain(problem: Problem, platform: Platform, *, repack: bool = True) -> lis
             else:
                 reasons.append(f"the weight is packed as {problem.layout!r}, it reads {kernel.layout!r}")
         reasons += kernel.why_not(seen, platform)
+        if verdict := platform.value(verdicts.feature(tested_as(kernel, problem))):
+            reasons.append(f"the self-test on this device {verdict}")
         notes = getattr(kernel, "notes", None)
         decisions.append(Decision(kernel, tuple(reasons), tuple(notes(seen)) if notes and not reasons else ()))
     return decisions
@@ -249,6 +152,26 @@ def select(problem: Problem, platform: Platform, *, kernel: str | None = None, r
     """
     order = kernel or ordered(os.environ.get(OVERRIDE, "")).get(problem.op)
     return _select(problem, platform, order, repack)
+
+
+def tested_as(kernel: Kernel, problem: Problem) -> str:
+    """What one self-test is about: an op, a kernel and a format."""
+    return f"{kernel.op}.{kernel.name}.{problem.format or 'dense'}"
+
+
+verifier: Callable[[Kernel, Problem, torch.device], bool] | None = None
+"""Says whether a kernel may be used, trying it when it is new here; False once it has recorded why not. Installed by
+`conformance.selftest`."""
+
+
+def plan_for(problem: Problem, device: torch.device, *, kernel: str | None = None, repack: bool = True) -> Plan:
+    """`select` for a device of this machine. With self-tests on, kernels that are new to it are tried first, and one
+    that fails is refused with that reason like any other."""
+    for _ in range(len(kernels()) + 1):
+        plan = select(problem, detect(device), kernel=kernel, repack=repack)
+        if verifier is None or all(verifier(span.kernel, problem, device) for span in plan.spans):
+            return plan
+    raise BlockscaleError(f"self-test: verdicts for {device} are recorded but do not show; is the cache writable?")
 
 
 @cache

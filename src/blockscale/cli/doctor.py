@@ -1,15 +1,19 @@
-"""`blockscale doctor`: what this machine is, and each kernel run once before it is called usable."""
+"""`blockscale doctor`: what this machine is, each kernel run once before it is called usable, and what is missing."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .. import environment, registry
 from ..conformance import cases, check
-from ..platform import detect
+from ..errors import BlockscaleError
+from ..platform import Platform, detect, recorded_schema
 from ..registry import explain
 from ._output import console, print_json
 
@@ -17,10 +21,10 @@ from ._output import console, print_json
 def register(app: typer.Typer) -> None:
     @app.command("doctor")
     def command(
-        device: Annotated[str, typer.Option(help="Device to examine: cpu, cuda, xpu …")] = "cpu",
+        device: Annotated[str | None, typer.Option(help="Device to examine: cpu, cuda, xpu …; all by default.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
-        """Detect the platform and run every accepting kernel on a tiny problem."""
+        """Detect the platform, run every accepting kernel on tiny problems, and name what is missing."""
         report = examine(device)
         if as_json:
             print_json(report)
@@ -28,43 +32,95 @@ def register(app: typer.Typer) -> None:
             _show(report)
 
 
-def examine(device: str) -> dict[str, Any]:
-    """`{platform, features, kernels: [{op, kernel, accepted, ran, max_error, reasons}]}`.
+def examine(device: str | None = None) -> dict[str, Any]:
+    """`{platform, features, kernels: [{op, kernel, accepted, ran, max_error, reasons}], …}`; see docs/conformance.md.
 
+    device: None takes the best one that works. platform is None, and `problems` says why, where there is none.
     max_error: worst error over its bound, None when the kernel did not run. A kernel that raises or fails is listed
     with that as its reason, so a broken driver or package never ends the report.
     """
-    platform = detect(device)
+    problems: list[str] = []
+    chosen, platform = _platform(device, problems)
+    if text := environment.pairing():
+        problems.append(text)
+    rows = _kernels(platform, chosen) if platform else []
+    problems += [f"kernels of {where} cannot be loaded: {why}" for where, why in registry.broken.items()]
+    tools = [*environment.compilers(), *environment.packages()]
+    return {
+        "platform": str(platform) if platform else None,
+        "features": dict(platform.features) if platform else {},
+        "kernels": rows,
+        "facts": environment.facts(chosen),
+        "tools": [asdict(t) for t in tools],
+        "operators": _operators(platform) if platform else [],
+        "missing": _missing(tools, rows),
+        "problems": problems,
+    }
+
+
+def _platform(device: str | None, problems: list[str]) -> tuple[str, Platform | None]:
+    """The device to examine and its platform: the one asked for, else the first accelerator that answers, else cpu."""
+    for candidate in (device,) if device else ("cuda", "xpu", "cpu"):
+        assert candidate is not None
+        try:
+            platform = detect(candidate)
+            if candidate != "cpu":
+                torch.ones(1, device=candidate).item()
+            return candidate, platform
+        except Exception as e:  # whatever a driver raises; that there is no such device is no problem unless asked for
+            if device or not isinstance(e, BlockscaleError):
+                problems.append(f"device {candidate}: {type(e).__name__}: {str(e).splitlines()[0]}")
+    return device or "cpu", None
+
+
+def _kernels(platform: Platform, device: str) -> list[dict[str, Any]]:
+    """A row for each kernel of each op; the accepting ones run every small case, with as many rows as they serve."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for case in cases(quick=True):
-        for decision in explain(case.problem(), platform):
-            kernel = decision.kernel
-            key = (kernel.op, kernel.name)
-            row = rows.setdefault(
-                key,
-                {
-                    "op": kernel.op,
-                    "kernel": kernel.name,
-                    "accepted": False,
-                    "ran": False,
-                    "max_error": None,
-                    "reasons": [],
-                },
-            )
-            row["accepted"] |= decision.accepted
-            row["reasons"] += [r for r in decision.reasons if r not in row["reasons"]]
-            if decision.accepted:
-                failure, error = check(kernel, case, device)
-                row["ran"] |= failure is None
-                row["max_error"] = max(error, row["max_error"] or 0.0) if error != float("inf") else row["max_error"]
-                if failure:
-                    row["reasons"].append(f"ran wrong: {failure.case}: got {failure.got}, want {failure.want}")
-    return {"platform": str(platform), "features": dict(platform.features), "kernels": list(rows.values())}
+        for kernel, reasons, _ in explain(case.problem(), platform):
+            row = rows.get((kernel.op, kernel.name))
+            if row is None:
+                row = {"op": kernel.op, "kernel": kernel.name, "accepted": False, "ran": False}
+                row |= {"max_error": None, "reasons": []}
+                rows[kernel.op, kernel.name] = row
+            row["reasons"] += [r for r in reasons if r not in row["reasons"]]
+            if reasons:
+                continue
+            failure, error = check(kernel, replace(case, m=max(case.m, kernel.m_range[0])), device)
+            row["ran"] = failure is None and row["ran"] == row["accepted"]  # one fault is enough
+            row["accepted"] = True
+            if failure:
+                row["reasons"].append(f"ran wrong: {failure.case}: got {failure.got}, want {failure.want}")
+            if error != float("inf"):
+                row["max_error"] = max(error, row["max_error"] or 0.0)
+    return list(rows.values())
+
+
+def _operators(platform: Platform) -> list[dict[str, Any]]:
+    """Torch ops that packages bring: whether the installed schema is the one that our adapters were written for."""
+    pairs = ((op, schema, recorded_schema(op)) for op, schema in platform.ops)
+    return [{"op": op, "schema": have, "expected": need, "agrees": have == need} for op, have, need in pairs]
+
+
+def _missing(tools: list[environment.Tool], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What would become available, and the command that gets it. Only what would serve this device."""
+    refused = " ".join(reason for row in rows if not row["accepted"] for reason in row["reasons"])
+    wanted = {"g++": "native library" in refused, "triton": "triton" in refused, "deep_gemm": "deep_gemm" in refused}
+    optional = {"transformers", "gguf", "matplotlib"}
+    return [
+        {"name": t.name, "state": t.state, "brings": t.purpose, "command": t.command}
+        for t in tools
+        if not t.there and (t.name in optional or wanted.get(t.name, False) or t.state.startswith("broken"))
+    ]
 
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
-    out.print(f"platform  {report['platform']}", highlight=False)
+    out.print(f"platform  {report['platform'] or 'none'}", highlight=False)
+    for name, value in report["facts"].items():
+        out.print(f"{name:9} {escape(value)}", highlight=False)
+    for text in report["problems"]:
+        out.print(f"[red]PROBLEM[/red]   {escape(text)}", highlight=False)
     table = Table("op", "kernel", "state", "error / bound")
     for row in report["kernels"]:
         if row["accepted"]:
@@ -73,9 +129,19 @@ def _show(report: dict[str, Any]) -> None:
     out.print(table)
     for row in report["kernels"]:
         if row["accepted"] and not row["ran"]:
-            out.print(
-                f"[red]BROKEN[/red] {row['op']} {row['kernel']}: {escape('; '.join(row['reasons']))}", highlight=False
-            )
+            reasons = escape("; ".join(row["reasons"]) or "no tiny problem fits it")
+            out.print(f"[red]BROKEN[/red] {row['op']} {row['kernel']}: {reasons}", highlight=False)
+    for op in report["operators"]:
+        if not op["agrees"]:
+            out.print(f"[red]OTHER SCHEMA[/red] {op['op']}: {escape(op['schema'])}", highlight=False)
+            out.print(f"             expected {escape(str(op['expected']))}", highlight=False)
+    out.print("tools")
+    for tool in report["tools"]:
+        out.print(f"  {tool['name']:16} {escape(tool['state'])}", highlight=False)
+    if report["missing"]:
+        out.print("to get more")
+        for tool in report["missing"]:
+            out.print(f"  {tool['brings']} ({tool['name']} {escape(tool['state'])}): {escape(tool['command'])}")
     out.print("does not serve this device (every reason: --json, or blockscale explain)")
     refusing = {row["kernel"]: row for row in report["kernels"] if not row["accepted"]}
     usable = {row["kernel"] for row in report["kernels"] if row["accepted"]}

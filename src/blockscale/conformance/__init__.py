@@ -7,6 +7,7 @@
 """
 
 from .cases import Case, cases
-from .suite import Failure, Report, check, run
+from .report import Failure, Report
+from .suite import Verdict, check, examine, run
 
-__all__ = ["Case", "Failure", "Report", "cases", "check", "run"]
+__all__ = ["Case", "Failure", "Report", "Verdict", "cases", "check", "examine", "run"]

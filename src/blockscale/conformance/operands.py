@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layouts import decode_scale
 from ..numerics import DEFAULT_FLOOR
 from ..tensor import BlockScaled
 from .cases import Case
@@ -42,27 +43,49 @@ def make(case: Case) -> Operands:
     g = torch.Generator().manual_seed(case.seed)
     width = {"swiglu_quantize": 2 * case.k}.get(case.op, case.k)
     x = _edge_rows(_spread(torch.randn(case.m, width, generator=g), g), case.edge, g).to(case.x_dtype)
-    if case.edge == "strided":
-        x = torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, :width]
     if case.op == "dense_linear":
-        return Operands(x, dense=torch.randn(case.n, case.k, generator=g).to(case.x_dtype))
+        dense = torch.randn(case.n, case.k, generator=g).to(case.x_dtype)
+        return Operands(x, dense=dense, bias=_bias(case, g))
     if case.op == "rmsnorm_quantize":
         return Operands(x, dense=torch.rand(case.k, generator=g).to(case.x_dtype))
     if case.op == "swiglu_quantize":
-        return Operands(x, dense=torch.rand(case.m, generator=g))
+        return Operands(x, dense=None if case.edge == "bare" else torch.rand(case.m, generator=g))
     fmt = case.fmt
     assert fmt is not None
     if case.op == "quantize":
         scale = None
-        if case.edge == "static":
-            scale = reference.quantize(torch.randn(case.m, case.k, generator=g) * 3, fmt).scale
+        if case.edge in ("static", "saturate"):
+            like = torch.randn(case.m, case.k, generator=g) * 3 if case.edge == "static" else x / 16
+            scale = reference.quantize(like, fmt).scale
         return Operands(x, scale=scale)
     lead = (case.groups,) if case.groups else ()
     w = reference.quantize(_spread(torch.randn(*lead, case.n, case.k, generator=g), g), fmt)
-    if case.edge == "all_codes" and not fmt.packed:
-        w = replace(w, data=_all_codes(w, g))
-    bias = torch.randn(case.n, generator=g).to(case.x_dtype) if case.edge == "bias" else None
-    return Operands(x, w, bias, _offsets(case, g) if case.groups else None)
+    return Operands(x, _edge_weight(w, case.edge, g), _bias(case, g), _offsets(case, g) if case.groups else None)
+
+
+def _bias(case: Case, g: torch.Generator) -> Tensor | None:
+    return torch.randn(case.n, generator=g).to(case.x_dtype) if case.edge == "bias" else None
+
+
+def _edge_weight(w: BlockScaled, edge: str, g: torch.Generator) -> BlockScaled:
+    if edge == "all_codes":
+        return replace(w, data=_all_codes(w, g))
+    if edge == "nan_weight":
+        data = w.data.view(torch.uint8).clone()
+        data[..., 1, 3] = w.format.element.nan or 0
+        return replace(w, data=data.view(w.data.dtype))
+    if edge in ("nan_scale", "tiny_scale"):
+        scale = w.scale.clone()
+        if edge == "tiny_scale":
+            scale.view(torch.uint8)[..., 0, 0] = 0  # E8M0: 2^-127
+        elif scale.element_size() == 1:
+            scale.view(torch.uint8)[..., 0, 0] = 0xFF if scale.dtype == torch.float8_e8m0fnu else 0x7F
+        else:
+            scale[..., 0, 0] = torch.nan
+        return replace(w, scale=scale)
+    if edge in ("f32_scales", "bf16_scales"):
+        return replace(w, scale=decode_scale(w.scale).to(torch.float32 if edge == "f32_scales" else torch.bfloat16))
+    return w
 
 
 def expected(case: Case, o: Operands, multiplied: Tensor | None = None) -> Expected:
@@ -72,7 +95,7 @@ def expected(case: Case, o: Operands, multiplied: Tensor | None = None) -> Expec
     """
     if case.op == "dense_linear":
         assert o.dense is not None
-        return _product(o.x, o.dense, None)
+        return _product(o.x, o.dense, o.bias)
     assert o.w is not None
     if case.op != "grouped_linear":
         x = reference.activations(o.x, o.w, case.policy) if multiplied is None else multiplied
@@ -139,8 +162,12 @@ def _all_codes(w: BlockScaled, g: torch.Generator) -> Tensor:
 
 
 def _offsets(case: Case, g: torch.Generator) -> Tensor:
-    """End rows of each expert's slice; the second expert always gets none."""
+    """End rows of each expert's slice. The second expert gets none; edges: all rows in one; rows past the last."""
+    if case.edge == "one_expert":
+        return torch.tensor([0] * 3 + [case.m] * (case.groups - 3), dtype=torch.int32)
     ends = torch.randint(0, case.m + 1, (case.groups,), generator=g).sort().values
     ends[0], ends[-1] = min(1, case.m), case.m
     ends[1] = ends[0]
+    if case.edge == "padded":
+        ends = ends.clamp(max=case.m - 4)
     return ends.sort().values.to(torch.int32)

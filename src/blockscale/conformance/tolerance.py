@@ -14,13 +14,20 @@ Found = tuple[list[int] | None, str, str, float]
 """First or worst wrong coordinate (None: all right), what is there, what should be, error over its bound."""
 
 
-def product_bound(value: Tensor, magnitude: Tensor, k: int, dtype: torch.dtype, accumulation_error: float) -> Tensor:
-    """How far each element of a product may be from `value`, fp64 `[M, N]`: see `conformance.suite`.
+U = 2.0**-24
+"""fp32's unit roundoff."""
 
-    magnitude: Σ |x| |w|, `[M, N]`. k: products in a sum. dtype: of the result. accumulation_error: the kernel's own.
+
+def product_bound(
+    value: Tensor, magnitude: Tensor, roundings: int, dtype: torch.dtype, accumulation_error: float
+) -> Tensor:
+    """How far each element of a product may be from `value`, fp64 `[M, N]`: `conformance.compare` says why.
+
+    magnitude: Σ |x| |w|, `[M, N]`. roundings: fp32 roundings that a term can meet, its sum's included: K and a few.
+    dtype: of the result. accumulation_error: what the kernel declares, relative to `magnitude`.
     """
-    info = torch.finfo(dtype)
-    return value.abs() * info.eps / 2 + magnitude * ((k + 16) * 2.0**-24 + accumulation_error) + info.tiny
+    info, gamma = torch.finfo(dtype), roundings * U / (1 - roundings * U)
+    return value.abs() * info.eps / 2 + magnitude * (gamma + accumulation_error) + info.tiny
 
 
 def beyond(

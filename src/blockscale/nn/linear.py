@@ -15,7 +15,7 @@ from ..formats import Format, get_format
 from ..layouts import convert, get_layout
 from ..numerics import Numerics, get_numerics
 from ..ops import linear_problem
-from ..platform import Platform, detect
+from ..platform import Platform
 from ..registry import Plan
 from ..tensor import BlockScaled
 
@@ -89,7 +89,9 @@ class WeightModule(StoredModule):
         """Which kernels serve this layer, by M."""
         weight = self.quantized
         problem = linear_problem(weight, x_dtype, self.numerics, self.op)
-        return registry.select(problem, platform or detect(weight.device), kernel=self.kernel, repack=repack)
+        if platform:
+            return registry.select(problem, platform, kernel=self.kernel, repack=repack)
+        return registry.plan_for(problem, weight.device, kernel=self.kernel, repack=repack)
 
     def pack(self, x_dtype: torch.dtype = torch.bfloat16) -> Self:
         """Once, after loading: put the weight into the layout of the best kernel for its device."""

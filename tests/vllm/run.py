@@ -1,0 +1,55 @@
+"""The vLLM plugin against the real vLLM 0.33.0 (`make test-vllm`); not in `make test`, since it downloads gigabytes.
+
+python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0` and runs real.py in it
+python tests/vllm/run.py --python PATH        uses a Python that has vLLM already
+
+No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py says what is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERSION = "0.33.0"
+
+
+def prepared() -> Path:
+    """A Python with vLLM, installed when it is not there yet."""
+    venv = ROOT / ".venv-vllm"
+    python, ready = venv / "bin" / "python", venv / ".ready"
+    if not ready.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", f"vllm=={VERSION}", "pytest", "typer"], check=True)
+        ready.touch()
+    return python
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, help="a Python that has vLLM")
+    python = parser.parse_args().python or prepared()
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "egg_info",
+            "--egg-base",
+            folder,
+        ]  # our entry point, without building
+        subprocess.run(metadata, cwd=ROOT, check=True)
+        path = os.pathsep.join([folder, str(ROOT / "src"), str(Path(__file__).parent)])
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder]
+        return subprocess.run(
+            [*command, str(Path(__file__).parent / "real.py")], cwd=folder, env={**os.environ, "PYTHONPATH": path}
+        ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
