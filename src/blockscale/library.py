@@ -19,7 +19,7 @@ from . import reference, registry
 from .formats import Format, ScaleRounding, get_format
 from .layouts import get_layout
 from .numerics import get_numerics
-from .observe import calls, span
+from .observe import calls, span, watched
 from .platform import detect
 from .registry import Plan, Problem
 from .tensor import BlockScaled
@@ -80,6 +80,16 @@ registry.on_change += [_bind_weight.cache_clear, _bind_result.cache_clear, _bind
 # -- implementations ---------------------------------------------------------------------------------------------
 
 
+def _serve(plan: Plan, m: int, problem: Problem, *operands: object) -> Tensor:
+    """The plan's kernel for M rows on these operands, counted, and named in a profile while one is taken."""
+    kernel = plan.pick(m)
+    calls[kernel.name] += 1
+    if not watched():
+        return cast(Tensor, kernel.run(problem, *operands))
+    with span(problem.op, m, problem.n, problem.k, kernel.name):
+        return cast(Tensor, kernel.run(problem, *operands))
+
+
 def _linear(
     x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
     bias: Tensor | None, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
@@ -91,10 +101,7 @@ def _linear(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    chosen = plan.pick(m)
-    calls[chosen.name] += 1
-    with span("linear", m, n, k, chosen.name):
-        y: Tensor = chosen.run(problem, flat, w, bias)
+    y = _serve(plan, m, problem, flat, w, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -109,21 +116,15 @@ def _grouped_linear(
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    chosen = plan.pick(x.shape[0])
-    calls[chosen.name] += 1
-    with span("grouped_linear", x.shape[0], n, k, chosen.name):
-        return cast(Tensor, chosen.run(problem, x, w, offsets))
+    return _serve(plan, x.shape[0], problem, x, w, offsets)
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     n, k = weight.shape
     problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
-    flat = x.reshape(-1, k)
-    chosen = plan.pick(flat.shape[0])
-    calls[chosen.name] += 1
-    with span("dense_linear", flat.shape[0], n, k, chosen.name):
-        y: Tensor = chosen.run(problem, flat, weight, bias)
-    return y.view(*x.shape[:-1], n)
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    y = _serve(plan, flat.shape[0], problem, flat, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 def _linear_input_grad(

@@ -12,6 +12,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace BLOCKSCALE_ISA {
@@ -24,10 +25,26 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32 of them, else 16
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+// Keeps a loaded vector in its register: GCC would load it again for every use.
+#if defined(__aarch64__)
+#define IN_REGISTER(v) __asm__("" : "+w"(v))
+#elif defined(__AVX512F__)
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#endif
+
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int16_t H __attribute__((vector_size(4 * W)));
+typedef uint16_t UH __attribute__((vector_size(4 * W)));
 typedef float F4 __attribute__((vector_size(16)));
 
 template <class V, class T>
