@@ -33,7 +33,11 @@ ISAS = {
         "avx2": ["-march=haswell"],
         "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
         "avx512bf16": [
-            "-march=skylake-avx512", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi",
+            "-march=skylake-avx512",
+            "-mprefer-vector-width=512",
+            "-mavx512bf16",
+            "-mavx512vnni",
+            "-mavx512vbmi",
         ],  # Zen 4, Sapphire Rapids and their successors
     },
     "aarch64": {"neon": ["-march=armv8-a"]},

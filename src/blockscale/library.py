@@ -10,10 +10,11 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.nn import Parameter
 
 from . import reference, registry
 from .formats import Format, ScaleRounding, get_format
@@ -256,3 +257,37 @@ for _name, _run, _fake in (
 
 OPS = torch.ops.blockscale
 """The ops, as `torch.ops.blockscale`, once their schemas exist."""
+
+
+# -- the same ops, past torch's dispatcher where nobody listens there ---------------------------------------------
+
+
+def linear(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    """`OPS.linear`. The dispatcher takes 4 of the 15 microseconds of a small eager call on a CPU."""
+    return cast(Tensor, (_linear if _unheard(x, data) else OPS.linear)(x, data, *rest))
+
+
+def grouped_linear(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    """`OPS.grouped_linear`."""
+    return cast(Tensor, (_grouped_linear if _unheard(x, data) else OPS.grouped_linear)(x, data, *rest))
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    """`OPS.dense_linear`."""
+    return cast(Tensor, (_dense_linear if _unheard(x, weight) else OPS.dense_linear)(x, weight, bias, kernel))
+
+
+def _unheard(x: Tensor, weight: Tensor) -> bool:
+    """Whether the dispatcher would only hand these plain tensors on: nothing compiles, traces, profiles, transforms or
+    intercepts, and there is data to compute with."""
+    return (
+        type(x) is Tensor
+        and (type(weight) is Tensor or type(weight) is Parameter)
+        and not torch.compiler.is_compiling()  # first, since a compiler cannot follow the questions below
+        and not x.is_meta
+        and not watched()
+        and _C._len_torch_dispatch_stack() == 0
+        and _C._len_torch_function_stack() == 0
+        and _C._functorch.peek_interpreter_stack() is None
+        and _C._get_tracing_state() is None
+    )

@@ -39,7 +39,7 @@ def mismatches(name: str, log2: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--log2", type=int, default=28)
-    parser.add_argument("--isa", nargs="*", default=["avx512", "avx2"])
+    parser.add_argument("--isa", nargs="*", default=["avx512bf16", "avx2"])
     arguments, failed = parser.parse_args(), 0
     for isa in arguments.isa:
         if native.library().blockscale_use(isa.encode()) != 0:

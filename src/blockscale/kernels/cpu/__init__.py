@@ -184,4 +184,13 @@ class DenseLinear:
         return native.dense_linear(problem, x, weight, bias)
 
 
-KERNELS = [Int16Linear(), Linear(), Slices(), GroupedLinear(), Quantize(), SwigluQuantize(), RmsnormQuantize(), DenseLinear()]
+KERNELS = [
+    Int16Linear(),
+    Linear(),
+    Slices(),
+    GroupedLinear(),
+    Quantize(),
+    SwigluQuantize(),
+    RmsnormQuantize(),
+    DenseLinear(),
+]

@@ -25,7 +25,7 @@ struct Cut {
 
 // c[MR, 4] += a[MR, k] @ b[4, k].T
 template <int MR>
-static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
+NOINLINE static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
   F sum[MR][kTileN];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) sum[i][j] = F{};
   for (int64_t p = 0; p < k; p += W) {

@@ -35,7 +35,7 @@ static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const
 
 // c[MR, 4] += sums over groups of a[MR, k] @ b[4, k].T, each times its scales. shared: the rows of b have the same ones.
 template <class A, int MR>
-static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale, const float* b,
+NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale, const float* b,
                            int64_t ldb, const float* b_scale, int64_t ldb_scale, float* c, int64_t ldc, int64_t groups,
                            bool shared) {
   constexpr int kSteps = kGroup / (2 * W);
@@ -53,7 +53,10 @@ static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, in
       UNROLL for (int j = 0; j < kTileN; j++) {
         I y = load<I>(b + j * ldb + p * W);
         IN_REGISTER(y);
-        UNROLL for (int i = 0; i < MR; i++) sum[i][j] = A::add(sum[i][j], y, x[i]);
+        UNROLL for (int i = 0; i < MR; i++) {
+          sum[i][j] = A::add(sum[i][j], y, x[i]);
+          IN_REGISTER(sum[i][j]);  // GCC would collect integer products first and run out of registers
+        }
       }
     }
     if (shared) {

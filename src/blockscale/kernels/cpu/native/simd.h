@@ -13,6 +13,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // a micro-kernel that is inlined loses its registers to what is around it
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace BLOCKSCALE_ISA {

@@ -78,23 +78,26 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
   int64_t index = c0 / w.span;
   for (int64_t c = c0; c < c1; index++) {
     const F s = w.scales(scale + index * w.step), both = s * unit;
-    const int64_t end = least(c1, (index + 1) * w.span);
+    const int64_t end = least(c1, (index + 1) * w.span), full = least(end, w.full_chunks);
     const bool overflows = any((bits<I>(both) & 0x7F800000) == 0x7F800000);  // a scale above 2^7: two steps
-    for (; c < end; c++, out += C) {
-      const uint8_t* from = row + c * B;
-      uint8_t tail[B];
-      if (c >= w.full_chunks) {
-        memset(tail, 0, B);
-        memcpy(tail, from, w.row_bytes - c * B);
-        from = tail;
-      }
-      __builtin_prefetch(row + c * B + kPrefetch);
+    auto chunk = [&](const uint8_t* from) __attribute__((always_inline)) {
       const I v = load<I>(from);
       watch.see(v);
       F b[D::E];
       D::decode(v, b);
       if (overflows) UNROLL for (int j = 0; j < D::E; j++) store(out + j * W, b[j] * unit * s);
       else UNROLL for (int j = 0; j < D::E; j++) store(out + j * W, b[j] * both);
+      out += C;
+    };
+    for (; c < full; c++) {
+      __builtin_prefetch(row + c * B + kPrefetch);
+      chunk(row + c * B);
+    }
+    if (c < end) {  // the ragged end of the row
+      uint8_t tail[B] = {};
+      memcpy(tail, row + c * B, w.row_bytes - c * B);
+      chunk(tail);
+      c++;
     }
   }
   if (!watch.special()) return;
