@@ -63,8 +63,9 @@ def machines(report: Report) -> list[str]:
         gbps = ", ".join(f"{name} {value:.1f}" for name, value in head["gigabytes_per_second"].items())
         micros = ", ".join(f"{name} {value:.1f}" for name, value in head["microseconds_192x576"].items())
         lines += [
-            f"**{head['isa']}, {head['threads']} thread(s)**, torch's own for {head['torch_isa']}, `{head['platform']}`",
+            f"**{head['isa']}, {head['threads']} thread(s)**",
             "",
+            f"- `{head['platform']}`, torch's own kernels for {head['torch_isa']}",
             f"- GB/s: {gbps}",
             f"- microseconds a call, 192x576, M=1: {micros}",
             "",

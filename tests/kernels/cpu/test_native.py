@@ -313,7 +313,7 @@ def test_int16_says_why_not():
 
 
 def int16_bound(x, w):
-    """What steps of 1/32 for w and 1/8191 of the largest of 128 columns for x can do to `x: [M, K]` times `w: [N, K]`."""
+    """What the steps, 1/32 for w and 1/8191 of the largest of 128 for x, can do to `x: [M, K]` times `w: [N, K]`."""
     k = x.shape[1]
     groups = [slice(i, i + 128) for i in range(0, k, 128)]
     dense = reference.dequantize(w).double().abs()
