@@ -67,9 +67,10 @@ static void multiply_panel(const float* x, int64_t ldx, int64_t rows, const floa
 
 template <class D>
 static void gemm(const LinearSpec& spec, const LinearCall& call) {
-  const Weight<D> w(spec, call);
+  Weight<D> w(spec, call);
   const Prepared x = prepare<Single<D>>(spec, call, 0);
   const Cut cut(call.m, w.n);
+  w.rows_at_once = cut.tile_n;
   const int64_t panel = 1024 / kChunk<D>;  // chunks of K at a time
   const int64_t ldb = panel * kChunk<D> + 16;
   parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {

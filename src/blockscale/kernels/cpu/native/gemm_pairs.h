@@ -21,7 +21,7 @@ static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const
         memcpy(tail, from, w.row_bytes - c * B);
         from = tail;
       }
-      __builtin_prefetch(row + c * B + kPrefetch);
+      __builtin_prefetch(row + w.ahead(c * B));
       const I v = load<I>(from);
       watch.see(v);
       I b[2];
@@ -86,9 +86,10 @@ template <class A>
 static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
   typedef typename A::D D;
   constexpr int kTileM = kManyRegisters ? 3 : 2;  // sums and totals; operands and products need kTileM + 2 more
-  const Weight<D> w(spec, call);
+  Weight<D> w(spec, call);
   const Prepared x = prepare<A>(spec, call, 0);
   const Cut cut(call.m, w.n);
+  w.rows_at_once = cut.tile_n;
   const int64_t panel = 1024 / kChunk<D>, panel_groups = 1024 / kGroup;  // chunks and groups of K at a time
   const int64_t ldb = 1024 / 2 + 16;
   parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {

@@ -30,8 +30,7 @@ static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* co
         memcpy(tail[r], at[r], w.row_bytes - c0 * B);
         at[r] = tail[r];
       }
-    // A cache line ahead of each row; past the end of a row, into those of the next call.
-    const int64_t ahead = kPrefetch + (c0 * B + kPrefetch >= w.row_bytes ? (R - 1) * w.row_bytes : 0);
+    const int64_t ahead = w.ahead(c0 * B) - c0 * B;
     typename A::Sum sum[M][R];
     UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = typename A::Sum{};
 #pragma GCC unroll 1
@@ -89,7 +88,8 @@ template <class A, int M>
 static void gemv(const LinearSpec& spec, const LinearCall& call) {
   typedef typename A::D D;
   constexpr int R = M > 2 || D::E == 8 ? 2 : 4;
-  const Weight<D> w(spec, call);
+  Weight<D> w(spec, call);
+  w.rows_at_once = R;
   const Prepared x = prepare<A>(spec, call, kHeadroom);
   const int64_t group = 32;
   parallel_for((w.n + group - 1) / group, (double)M * w.n * w.k, [&](int64_t task) {

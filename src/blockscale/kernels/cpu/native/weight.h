@@ -36,6 +36,11 @@ struct Weight {
     stretch = span % (kGroup / kChunk<D>) ? 1 : kGroup / kChunk<D>;
     for (int i = 0; i < W; i++) lane_scale[i] = step > 1 ? (int32_t)(i * D::E / block_cols) : 0;
   }
+  // What to prefetch at byte `at` of a row: what follows in it, or in the row that is read `rows_at_once` rows later.
+  int64_t rows_at_once = 1;
+  int64_t ahead(int64_t at) const {
+    return at + kPrefetch + (at + kPrefetch >= row_bytes ? (rows_at_once - 1) * row_bytes : 0);
+  }
   const uint8_t* row(int64_t i) const { return data + i * row_bytes; }
   int64_t padded_scales() const { return grid_cols + W; }
   // The scales of grid row g as fp32, W zeros behind them.
@@ -90,7 +95,7 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
       out += C;
     };
     for (; c < full; c++) {
-      __builtin_prefetch(row + c * B + kPrefetch);
+      __builtin_prefetch(row + w.ahead(c * B));
       chunk(row + c * B);
     }
     if (c < end) {  // the ragged end of the row
