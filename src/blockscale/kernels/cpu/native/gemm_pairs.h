@@ -21,7 +21,7 @@ static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const
         memcpy(tail, from, w.row_bytes - c * B);
         from = tail;
       }
-      __builtin_prefetch(row + w.ahead(c * B));
+      prefetch(row + w.ahead(c * B));
       const I v = load<I>(from);
       watch.see(v);
       I b[2];

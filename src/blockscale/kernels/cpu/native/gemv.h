@@ -37,7 +37,7 @@ static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* co
     for (int64_t c = 0; c < count; c++, xc += A::kVectors * W) {
       V b[R][A::kVectors];
       UNROLL for (int r = 0; r < R; r++) {
-        if (B >= 64 || c % 2 == 0) __builtin_prefetch(at[r] + ahead);
+        if (B >= 64 || c % 2 == 0) prefetch(at[r] + ahead);
         const I v = load<I>(at[r]);
         at[r] += B;
         watch.see(v);

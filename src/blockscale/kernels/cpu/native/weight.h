@@ -5,7 +5,6 @@
 
 namespace BLOCKSCALE_ISA {
 
-constexpr int kPrefetch = 1024;  // bytes ahead in a weight row
 constexpr int kTileN = 4;        // weight rows that a matmul tile takes
 constexpr int kGroup = 128;      // columns: x's groups and the weight's blocks are multiples where pairs are used
 
@@ -95,7 +94,7 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
       out += C;
     };
     for (; c < full; c++) {
-      __builtin_prefetch(row + w.ahead(c * B));
+      prefetch(row + w.ahead(c * B));
       chunk(row + c * B);
     }
     if (c < end) {  // the ragged end of the row
