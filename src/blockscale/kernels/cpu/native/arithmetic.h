@@ -10,7 +10,7 @@
 
 namespace BLOCKSCALE_ISA {
 
-constexpr int kHeadroom = 60; // a normalised row's largest magnitude lies in 2^kHeadroom ... 2^(kHeadroom + 1)
+constexpr int kHeadroom = 60;  // a normalised row's largest magnitude lies in 2^kHeadroom ... 2^(kHeadroom + 1)
 
 struct Unwatched { static constexpr int kSpecial = 0; };
 
@@ -47,8 +47,8 @@ struct Bf16Pairs {
   static constexpr bool kPairs = true, kIntegers = false;
   static constexpr float kUnit = 1;
 
-  // The upper and lower bytes of every magnitude as bf16, NaN and infinity included. Made by the compiler: code that runs
-  // when the library is loaded must not be compiled for one processor.
+  // The upper and lower bytes of every magnitude as bf16, NaN and infinity included. Made by the compiler: what runs when
+  // the library is loaded must not need this processor.
   struct Table {
     alignas(64) uint8_t upper[128] = {}, lower[128] = {};
     constexpr Table() {
@@ -121,8 +121,10 @@ struct Int16Pairs {
   }
   INLINE F value(I sum) { return __builtin_convertvector(sum, F); }
   INLINE void arrange(const float* row, float* to) {  // of whole numbers
-    for (int i = 0; i < 2 * W; i++)  // pairs by turns to vector 0 and to vector 1
-      to[i % 2 * W + i / 2] = bits<float>((uint32_t)((int32_t)row[2 * i] & 0xFFFF) | (uint32_t)(int32_t)row[2 * i + 1] << 16);
+    for (int i = 0; i < 2 * W; i++) {  // pairs by turns to vector 0 and to vector 1
+      const uint32_t low = (uint32_t)(int32_t)row[2 * i] & 0xFFFF, high = (uint32_t)(int32_t)row[2 * i + 1];
+      to[i % 2 * W + i / 2] = bits<float>(low | high << 16);
+    }
   }
 };
 #endif

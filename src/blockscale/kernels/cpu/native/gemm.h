@@ -45,8 +45,8 @@ NOINLINE static void multiply(const float* a, int64_t lda, const float* b, int64
 }
 
 // All rows of x times `cols` (a multiple of 4) dequantized rows.
-static void multiply_panel(const float* x, int64_t ldx, int64_t rows, const float* b, int64_t ldb, int64_t cols, float* c,
-                           int64_t ldc, int64_t k) {
+static void multiply_panel(const float* x, int64_t ldx, int64_t rows, const float* b, int64_t ldb, int64_t cols,
+                           float* c, int64_t ldc, int64_t k) {
   constexpr int kTileM = kManyRegisters ? 6 : 3;  // accumulators; the operands need kTileM + 1 registers more
   for (int64_t m = 0, take; m < rows; m += take) {
     take = share(rows - m, kTileM);
@@ -78,7 +78,8 @@ static void gemm(const LinearSpec& spec, const LinearCall& call) {
     ScaleRows<D> scales(w, scale_memory.get<float>(ScaleRows<D>::floats(w)));
     float* b = tile_memory.get<float>(cut.tile_n * ldb);
     float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
-    const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n), cols = round_up(n1 - n0, kTileN);
+    const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n);
+    const int64_t cols = round_up(n1 - n0, kTileN);
     const int64_t m0 = task / cut.tiles_n * cut.tile_m, rows = least(call.m - m0, cut.tile_m);
     memset(c, 0, rows * cut.tile_n * 4);
     memset(b + (n1 - n0) * ldb, 0, (cols - (n1 - n0)) * ldb * 4);

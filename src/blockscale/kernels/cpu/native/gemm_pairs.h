@@ -98,7 +98,8 @@ static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
     float* b = tile_memory.get<float>(cut.tile_n * (ldb + panel_groups));
     float* b_scale = b + cut.tile_n * ldb;
     float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
-    const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n), cols = round_up(n1 - n0, kTileN);
+    const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n);
+    const int64_t cols = round_up(n1 - n0, kTileN);
     const int64_t m0 = task / cut.tiles_n * cut.tile_m, rows = least(call.m - m0, cut.tile_m);
     memset(c, 0, rows * cut.tile_n * 4);
     memset(b + (n1 - n0) * ldb, 0, (cols - (n1 - n0)) * ldb * 4);

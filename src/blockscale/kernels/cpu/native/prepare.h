@@ -17,7 +17,8 @@ struct Prepared {
 // Quantizes a row in groups and reads it back. With `scales`, what is read back are the codes, and the scale of every
 // kGroup columns goes there.
 template <class C>
-static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRule& rule, const float* given, float* scales) {
+static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRule& rule, const float* given,
+                          float* scales) {
   for (int64_t c = 0; c < k; c += group) {
     const int64_t count = round_up(least(group, k - c), W);  // zeros follow the row
     float part[W];  // what lies behind a group that is no multiple of W

@@ -74,7 +74,8 @@ struct ScaleRows {
 
 // Chunks [c0, c1) of a row as fp32 with their scales, permuted; exact, NaN and infinity included.
 template <class D>
-static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1, float* to) {
+static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
+                           float* to) {
   constexpr int64_t C = kChunk<D>, B = 4 * W;
   const F unit = splat(D::kUnit);
   Watch<D> watch;
