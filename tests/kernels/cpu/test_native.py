@@ -1,7 +1,5 @@
 """`cpu.native` against the fp64 definition, for every instruction set that this processor has."""
 
-import ctypes
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,62 +7,16 @@ import textwrap
 import pytest
 import torch
 
-from blockscale import Platform, reference
+import native_cases
+from blockscale import reference
 from blockscale.formats import get_format
-from blockscale.kernels.cpu import DenseLinear, Int16Linear, Linear, native
+from blockscale.kernels.cpu import DenseLinear, Linear, native
 from blockscale.numerics import Numerics, get_numerics
-from blockscale.registry import Problem, select
+from blockscale.registry import Problem
 from blockscale.tensor import BlockScaled
+from native_cases import F32, WEIGHT_ONLY, exact, problem, reasons, worst_row
 
-pytestmark = pytest.mark.skipif(
-    not native.PATH.exists() and shutil.which("g++") is None, reason="no C++ compiler, so no native library"
-)
-WEIGHT_ONLY = get_numerics("weight_only")
-F32 = torch.float32
-
-
-def usable() -> list[str]:
-    if not native.PATH.exists():
-        return ["not built"]
-    library = ctypes.CDLL(str(native.PATH))  # by itself, so that collecting tests chooses nothing
-    library.blockscale_isa.restype = ctypes.c_char_p
-    best = library.blockscale_isa()
-    names = [
-        n for n in (b"avx512bf16", b"avx512", b"avx2", b"sse2", b"neon", b"generic") if library.blockscale_use(n) == 0
-    ]
-    library.blockscale_use(best)
-    return [n.decode() for n in names]
-
-
-@pytest.fixture(params=usable())
-def isa(request):
-    """Each instruction set in turn; the outputs it may write are full of NaN before."""
-    library, before = native.library(), native.isa()
-    assert library.blockscale_use(request.param.encode()) == 0
-    yield request.param
-    library.blockscale_use(before.encode())
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).view(torch.uint8).fill_(0xFF).view(k["dtype"]))
-
-
-def problem(w, x, numerics=WEIGHT_ONLY, out=None, op="linear"):
-    n, k = w.shape[-2:]
-    return Problem(op, n, k, x.dtype, w.format, out_dtype=out or x.dtype, numerics=numerics)
-
-
-def worst_row(y, want):
-    """Largest relative error of a row: a norm over everything would pass with whole rows wrong."""
-    return ((y.double() - want).norm(dim=1) / want.norm(dim=1)).max().item()
-
-
-def exact(x, w, bias, numerics):
-    y = reference.activations(x, w, numerics).double() @ reference.dequantize(w).double().T
-    return y if bias is None else y + bias.double()
-
+pytestmark = native_cases.NEEDS_LIBRARY
 
 FORMATS = {
     "fp8_128x128": "checkpoint", "fp8_128x128_ue8m0": "deepseek_v4", "fp8_32x32_ue8m0": "deepseek_v4_1",
@@ -245,10 +197,6 @@ def test_the_check_itself_notices_a_wrong_row():
     assert worst_row(y, want) == 1
 
 
-def reasons(kernel, p, platform):
-    return list(kernel.why_not(p, Platform.parse(platform)))
-
-
 def test_says_why_not():
     w = reference.quantize(torch.randn(64, 192), get_format("fp8_96x96"))
     p = problem(w, torch.randn(1, 192))
@@ -263,89 +211,3 @@ def test_says_why_not():
     assert reasons(DenseLinear(), dense, "cpu:avx2+cpu-native=avx2") == [
         "weight is torch.float64, needs float32, bfloat16 or float16"
     ]
-
-
-# -- cpu.int16: asked for by the numerics, held to its own bound ---------------------------------------------------
-
-
-@pytest.fixture(params=[name for name in usable() if name.startswith("avx")])
-def int16_isa(request):
-    """Each instruction set that cpu.int16 is written for."""
-    library, before = native.library(), native.isa()
-    assert library.blockscale_use(request.param.encode()) == 0
-    yield request.param
-    library.blockscale_use(before.encode())
-
-
-INT16 = "cpu:avx512+cpu-native=avx512"
-ALLOWED = "weight_only,int16=True"
-
-
-def test_int16_is_never_chosen_unless_the_numerics_allow_it():
-    w = reference.quantize(torch.randn(64, 256), get_format("fp8_128x128"))
-    exact_problem, allowed = problem(w, torch.randn(1, 256)), problem(w, torch.randn(1, 256), get_numerics(ALLOWED))
-    platform = Platform.parse(INT16)
-    assert reasons(Int16Linear(), exact_problem, INT16) == [
-        "multiplies in 16-bit fixed point (error 3e-4), which the numerics do not allow: they need int16=True"
-    ]
-    assert reasons(Int16Linear(), allowed, INT16) == []
-    assert select(exact_problem, platform).pick(128).name == "cpu.native"
-    assert [select(allowed, platform).pick(m).name for m in (1, 7, 8, 1024)] == ["cpu.native"] * 2 + ["cpu.int16"] * 2
-
-
-def test_int16_says_why_not():
-    allowed = get_numerics(ALLOWED)
-    blocks = problem(
-        reference.quantize(torch.randn(64, 256), get_format("fp8_32x32_ue8m0")), torch.randn(1, 256), allowed
-    )
-    assert reasons(Int16Linear(), blocks, INT16) == ["w has blocks 32 columns wide, needs a multiple of 128"]
-    e5m2 = problem(reference.quantize(torch.randn(64, 256), get_format("fp8e5m2_row")), torch.randn(1, 256), allowed)
-    assert reasons(Int16Linear(), e5m2, "cpu:x86_64+cpu-native=sse2") == [
-        "needs AVX2 or AVX-512, the native library uses sse2",
-        "reads E4M3 weights, not fp8e5m2_row",
-    ]
-    half = problem(
-        reference.quantize(torch.randn(64, 256), get_format("fp8_128x128")), torch.randn(1, 256).bfloat16(), allowed
-    )
-    assert reasons(Int16Linear(), half, "cpu:avx512+cpu-native=avx512bf16") == [
-        "cpu.native multiplies in bf16 here, which is as fast and exact"
-    ]
-
-
-def int16_bound(x, w):
-    """What the steps, 1/32 for w and 1/8191 of the largest of 128 for x, can do to `x: [M, K]` times `w: [N, K]`."""
-    k = x.shape[1]
-    groups = [slice(i, i + 128) for i in range(0, k, 128)]
-    dense = reference.dequantize(w).double().abs()
-    step = torch.ones_like(w.data, dtype=torch.float32).to(w.data.dtype)  # the value 1, which the scales make 1 * scale
-    half_step = reference.dequantize(BlockScaled(step, w.scale, w.format)).double() / 64
-    x = x.double().abs()
-    rounded_x = sum(x[:, g].amax(1)[:, None] / 16382 * (dense + half_step)[:, g].sum(1)[None] for g in groups)
-    return rounded_x + x @ half_step.T + (k + 16) * 2.0**-24 * (x @ dense.T)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("m", [8, 9, 70])
-@pytest.mark.parametrize("name", ["fp8_128x128", "fp8_1x128", "fp8_row", "fp8_128x128_ue8m0"])
-@pytest.mark.parametrize("numerics", ["weight_only,int16=True", "checkpoint,int16=True"])
-def test_int16_keeps_the_bound_of_its_steps(int16_isa, name, m, numerics):
-    x, policy = torch.randn(m, 590) * torch.randn(m, 1).exp(), get_numerics(numerics)
-    w = reference.quantize(torch.randn(133, 590), get_format(name))
-    y, want = Int16Linear().run(problem(w, x, policy), x, w, None), exact(x, w, None, policy)
-    seen = reference.activations(x, w, policy)
-    assert (y.double() - want).abs().le(int16_bound(seen, w)).all()
-    assert worst_row(y, want) < 3e-4
-    assert (
-        (y.double() - want)
-        .abs()
-        .le(Int16Linear.accumulation_error * (seen.abs() @ reference.dequantize(w).abs().T))
-        .all()
-    )
-
-
-def test_int16_gives_nan_where_a_weight_or_an_activation_is_not_a_number(int16_isa):
-    x, w = torch.randn(8, 256), reference.quantize(torch.randn(64, 256), get_format("fp8_128x128"))
-    w.data.view(torch.uint8)[3, 200] = 0xFF
-    x[2, 7] = torch.inf
-    y = Int16Linear().run(problem(w, x, get_numerics(ALLOWED)), x, w, None)
-    assert y.isnan().nonzero().tolist() == sorted([[m, 3] for m in range(8) if m != 2] + [[2, n] for n in range(64)])
