@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace, target: Path) -> None:
             "threads": threads,
             "platform": str(detect("cpu")),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
-            "load": os.getloadavg()[0],
+            "load": round(os.getloadavg()[0], 1),
             "gigabytes_per_second": bandwidth(threads, args.seconds),
             "microseconds_192x576": overhead(threads),
         }
