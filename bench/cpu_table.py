@@ -21,12 +21,12 @@ def markdown(report: Report, big: tuple[tuple[int, int], ...]) -> str:
         "names mean.",
         "",
         *machines(report),
-        "## Geometric means over the five big shapes",
+        "## Geometric means over the big shapes",
         "",
         "GB/s are those of the weights, one byte each, and their share of what a read reaches in the same run.",
         "",
-        "| kernels | threads | M | bf16 | exact | w8a8 | int16 | exact GB/s | w8a8 GB/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernels | threads | M | shapes | bf16 | exact | w8a8 | int16 | exact GB/s | w8a8 GB/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (isa, threads, m), rows in groups([r for r in report["linear"] if (r["n"], r["k"]) in big]).items():
         cells = [cell(rows, name) for name in ("bf16", "exact", "w8a8", "int16")]
@@ -39,7 +39,7 @@ def markdown(report: Report, big: tuple[tuple[int, int], ...]) -> str:
             None,
         )
         rates = [rate(rows, name, read) if m <= 4 else "" for name in ("exact", "w8a8")]
-        lines.append(f"| {isa} | {threads} | {m} | {' | '.join(cells + rates)} |")
+        lines.append(f"| {isa} | {threads} | {m} | {len(rows)} | {' | '.join(cells + rates)} |")
     lines += [
         "",
         "## Every row",
