@@ -7,7 +7,9 @@ is compiled once for each instruction set; `main.cc` chooses at run time. Withou
 
 from __future__ import annotations
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ ISAS = {
         "sse2": ["-march=x86-64"],
         "avx2": ["-march=haswell"],
         "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
+        "avx512bf16": [
+            "-march=skylake-avx512",
+            "-mprefer-vector-width=512",
+            "-mavx512bf16",
+            "-mavx512vnni",
+            "-mavx512vbmi",
+        ],  # Zen 4, Sapphire Rapids and their successors
     },
     "aarch64": {"neon": ["-march=armv8-a"]},
 }
@@ -59,13 +68,18 @@ class BuildNative(build_ext):
     def build_native(self, ext: Extension) -> None:
         compiler: Any = self.compiler
         temporary = Path(self.build_temp)
-        objects = compiler.compile([str(NATIVE / "main.cc")], output_dir=str(temporary), extra_postargs=FLAGS)
+        jobs: list[tuple[str, str, list[str]]] = [("main.cc", "main", [])]
         for isa, flags in isas(platform.machine().lower()).items():
-            objects += compiler.compile(
-                [str(NATIVE / "kernels.cc")],
-                output_dir=str(temporary / isa),
-                extra_postargs=[*FLAGS, *flags, f"-DBLOCKSCALE_ISA={isa}"],
-            )
+            jobs.append(("kernels.cc", isa, [*flags, f"-DBLOCKSCALE_ISA={isa}"]))
+
+        def run(job: tuple[str, str, list[str]]) -> list[str]:
+            source, folder, flags = job
+            output = str(temporary / folder)
+            made: list[str] = compiler.compile([str(NATIVE / source)], output_dir=output, extra_postargs=FLAGS + flags)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for made in pool.map(run, jobs) for name in made]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # -fopenmp names libgomp.so.1, the one that torch has loaded; a second OpenMP runtime would be a bug.

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blockscale
 from blockscale import BlockscaleError, DtypeError, NoKernelError, ShapeError, UnknownNameError, reference
@@ -179,3 +182,47 @@ def test_ops_neither_change_nor_return_their_inputs(name, w):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
     assert not inputs & {t.untyped_storage().data_ptr() for t in (out if isinstance(out, tuple) else (out,))}
+
+
+class Marked(torch.Tensor):
+    """A tensor of one's own, which torch hands through its operations."""
+
+
+class HeardDispatch(TorchDispatchMode):
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class HeardFunction(TorchFunctionMode):
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [HeardDispatch, HeardFunction])
+def test_modes_hear_every_call(w, mode):
+    """Plain eager calls go past torch's dispatcher (`library._unheard`); nobody who listens there may notice."""
+    heard = []
+    with mode(heard):
+        blockscale.linear(torch.randn(2, 576), w)
+        blockscale.dense_linear(torch.randn(2, 576), torch.randn(3, 576))
+    ours = [name.removesuffix(".default") for name in heard if name.startswith("blockscale.")]
+    assert ours == ["blockscale.linear", "blockscale.dense_linear"]
+
+
+def test_tracers_subclasses_and_meta_tensors_see_the_op(w):
+    x = torch.randn(2, 576)
+    traced = make_fx(lambda x: blockscale.linear(x, w))(x)
+    assert torch.ops.blockscale.linear.default in [node.target for node in traced.graph.nodes]
+    assert type(blockscale.linear(x.as_subclass(Marked), w)) is Marked
+    meta = blockscale.linear(x.to("meta"), w.to("meta"))
+    assert (meta.device.type, tuple(meta.shape)) == ("meta", (2, 192))

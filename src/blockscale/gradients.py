@@ -11,23 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import library
 from .errors import BlockscaleError
 from .library import OPS
-from .library import linear as library_linear
 
 
 def linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.linear` that knows its gradient. A graph is built only where one is asked for: inference pays nothing."""
     if torch.is_grad_enabled() and (x.requires_grad or (args[4] is not None and args[4].requires_grad)):
         return cast(Tensor, _Linear.apply(x, *args))  # type: ignore[no-untyped-call]
-    return library_linear(x, *args)
+    return library.linear(x, *args)
 
 
 def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.grouped_linear` that knows its gradient."""
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _GroupedLinear.apply(x, *args))  # type: ignore[no-untyped-call]
-    return cast(Tensor, OPS.grouped_linear(x, *args))
+    return library.grouped_linear(x, *args)
 
 
 def refuse(op: str, x: Tensor) -> None:

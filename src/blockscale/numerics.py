@@ -30,6 +30,7 @@ class Numerics:
     act_rounding: scale rounding of activations; None follows the weight format.
     act_floor: lower bound of a group's amax, in units of x.
     act_element: element type of activations; None follows the weight (e5m2 weights take fp8 activations).
+    int16: a kernel may multiply in 16-bit fixed point, which costs about 3e-4 of a result (`kernels/cpu`).
     mxfp4_act, nvfp4_act: activation format for FP4 weights; None leaves activations unquantized (W4A16).
     """
 
@@ -38,6 +39,7 @@ class Numerics:
     act_rounding: ScaleRounding | None = None
     act_floor: float = DEFAULT_FLOOR
     act_element: str | None = None
+    int16: bool = False
     mxfp4_act: str | None = "fp8_1x32_ue8m0"
     nvfp4_act: str | None = "nvfp4"
 
@@ -100,6 +102,7 @@ PRESETS: Mapping[str, Numerics] = MappingProxyType(
 
 _READ: Mapping[str, Callable[[str], object]] = {
     "weight_only": lambda v: {"True": True, "False": False}[v],
+    "int16": lambda v: {"True": True, "False": False}[v],
     "act_group": int,
     "act_floor": float,
 }

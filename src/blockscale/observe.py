@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch.autograd import profiler
@@ -53,12 +53,14 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
         super().emit(record)
 
 
+def watched() -> bool:
+    """Whether a profiler is watching: a range costs microseconds, so there is one only for it."""
+    return bool(profiler._is_profiler_enabled)
+
+
 def span(op: str, m: int, n: int, k: int, kernel: str) -> AbstractContextManager[object]:
-    """A named range while a profiler is watching; nothing otherwise, since a range costs microseconds."""
-    if profiler._is_profiler_enabled:
-        return torch.profiler.record_function(f"blockscale.{op}[{m}x{n}x{k}] {kernel}")
-    return _NOTHING
+    """A named range in the profile."""
+    return torch.profiler.record_function(f"blockscale.{op}[{m}x{n}x{k}] {kernel}")
 
 
-_NOTHING = nullcontext()
 configure()

@@ -190,8 +190,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kerne
     """`x: [..., K]` times an unquantized `weight: [N, K]` transposed -> `[..., N]`; for lm_head and routers."""
     if x.shape[-1] != weight.shape[-1]:
         raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
-    y: Tensor = library.OPS.dense_linear(x, weight, bias, kernel or "")
-    return y
+    return library.dense_linear(x, weight, bias, kernel or "")
 
 
 def linear_problem(

@@ -6,6 +6,7 @@ machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not her
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -251,15 +252,16 @@ def _cpu_arch() -> str:
 
 
 def _cpu_native() -> list[tuple[str, str]]:
-    """The native CPU library where it was built, and the instruction set that it uses.
+    """The native CPU library where it was built, and the instruction set that it uses: the best that it finds here.
 
-    BLOCKSCALE_CPU_ISA="avx2" chooses a lower one than the processor's best.
+    BLOCKSCALE_CPU_ISA="avx2" chooses a lower one.
     """
-    if not (Path(__file__).parent / "kernels/cpu/_native.so").exists():
+    path = Path(__file__).parent / "kernels/cpu/_native.so"
+    if not path.exists():
         return []
-    arch = _cpu_arch()
-    best = arch if arch in ("avx512", "avx2", "neon") else {"x86_64": "sse2"}.get(arch, "generic")
-    return [("cpu-native", os.environ.get("BLOCKSCALE_CPU_ISA") or best)]
+    best = ctypes.CDLL(str(path)).blockscale_best_isa
+    best.restype = ctypes.c_char_p
+    return [("cpu-native", os.environ.get("BLOCKSCALE_CPU_ISA") or best().decode())]
 
 
 def _xpu_arch(name: str) -> str:

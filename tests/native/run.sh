@@ -28,7 +28,8 @@ build() {  # build <compiler> <name> <extra flags> -- <isa=flags> ...
 
 sanitize() {
   build g++ sanitized "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr" \
-    sse2:-march=x86-64 avx2:-march=haswell "avx512:-march=skylake-avx512 -mprefer-vector-width=512"
+    sse2:-march=x86-64 avx2:-march=haswell "avx512:-march=skylake-avx512 -mprefer-vector-width=512" \
+    "avx512bf16:-march=skylake-avx512 -mprefer-vector-width=512 -mavx512bf16 -mavx512vnni -mavx512vbmi"
   OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 "$out/sanitized"
 }
 

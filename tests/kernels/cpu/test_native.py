@@ -1,7 +1,5 @@
 """`cpu.native` against the fp64 definition, for every instruction set that this processor has."""
 
-import ctypes
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,60 +7,16 @@ import textwrap
 import pytest
 import torch
 
-from blockscale import Platform, reference
+import native_cases
+from blockscale import reference
 from blockscale.formats import get_format
 from blockscale.kernels.cpu import DenseLinear, Linear, native
 from blockscale.numerics import Numerics, get_numerics
 from blockscale.registry import Problem
 from blockscale.tensor import BlockScaled
+from native_cases import F32, WEIGHT_ONLY, exact, problem, reasons, worst_row
 
-pytestmark = pytest.mark.skipif(
-    not native.PATH.exists() and shutil.which("g++") is None, reason="no C++ compiler, so no native library"
-)
-WEIGHT_ONLY = get_numerics("weight_only")
-F32 = torch.float32
-
-
-def usable() -> list[str]:
-    if not native.PATH.exists():
-        return ["not built"]
-    library = ctypes.CDLL(str(native.PATH))  # by itself, so that collecting tests chooses nothing
-    library.blockscale_isa.restype = ctypes.c_char_p
-    best = library.blockscale_isa()
-    names = [n for n in (b"avx512", b"avx2", b"sse2", b"neon", b"generic") if library.blockscale_use(n) == 0]
-    library.blockscale_use(best)
-    return [n.decode() for n in names]
-
-
-@pytest.fixture(params=usable())
-def isa(request):
-    """Each instruction set in turn; the outputs it may write are full of NaN before."""
-    library, before = native.library(), native.isa()
-    assert library.blockscale_use(request.param.encode()) == 0
-    yield request.param
-    library.blockscale_use(before.encode())
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).view(torch.uint8).fill_(0xFF).view(k["dtype"]))
-
-
-def problem(w, x, numerics=WEIGHT_ONLY, out=None, op="linear"):
-    n, k = w.shape[-2:]
-    return Problem(op, n, k, x.dtype, w.format, out_dtype=out or x.dtype, numerics=numerics)
-
-
-def worst_row(y, want):
-    """Largest relative error of a row: a norm over everything would pass with whole rows wrong."""
-    return ((y.double() - want).norm(dim=1) / want.norm(dim=1)).max().item()
-
-
-def exact(x, w, bias, numerics):
-    y = reference.activations(x, w, numerics).double() @ reference.dequantize(w).double().T
-    return y if bias is None else y + bias.double()
-
+pytestmark = native_cases.NEEDS_LIBRARY
 
 FORMATS = {
     "fp8_128x128": "checkpoint", "fp8_128x128_ue8m0": "deepseek_v4", "fp8_32x32_ue8m0": "deepseek_v4_1",
@@ -78,8 +32,9 @@ def test_linear_equals_the_definition_on_ragged_shapes(isa, name, m):
     x, bias = torch.randn(m, 590), torch.randn(133)
     w = reference.quantize(torch.randn(133, 590), get_format(name))
     for numerics in {WEIGHT_ONLY, get_numerics(FORMATS[name])}:
-        y = native.linear(problem(w, x, numerics), x, w, bias)
-        assert worst_row(y, exact(x, w, bias, numerics)) < 1e-6
+        for seen in (x, x.bfloat16()):  # bf16 takes another way where the processor multiplies it
+            y = native.linear(problem(w, seen, numerics, F32), seen, w, bias)
+            assert worst_row(y, exact(seen, w, bias, numerics)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,14 +49,15 @@ def test_linear_rounds_once_to_the_result_dtype(isa, dtype, m):
 
 
 @pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["fp8_128x128", "fp8e5m2_128x128"])
-def test_every_byte_decodes(isa, name, m):
+def test_every_byte_decodes(isa, name, m, dtype):
     """NaN bytes give NaN, infinities infinity, and neighbours keep their values."""
     fmt = get_format(name)
     data = torch.arange(256, dtype=torch.uint8).view(256, 1).view(fmt.element.dtype)
     w = BlockScaled(data, torch.ones(2, 1), fmt)
-    x = torch.ones(m, 1)
-    y = native.linear(problem(w, x), x, w, None)
+    x = torch.ones(m, 1, dtype=dtype)
+    y = native.linear(problem(w, x, out=F32), x, w, None)
     torch.testing.assert_close(y, data.float().T.expand(m, 256), rtol=0, atol=0, equal_nan=True)
 
 
@@ -112,9 +68,9 @@ def test_every_byte_decodes(isa, name, m):
 def test_extreme_scales_and_activations_keep_their_precision(isa, m, exponent, size):
     codes = torch.tensor([0.5, -1.75, 448.0, 2.0**-9]).to(torch.float8_e4m3fn).repeat(32, 32)
     w = BlockScaled(codes, torch.full((1, 1), 2.0**exponent), get_format("fp8_128x128"))
-    x = torch.rand(m, 128) * size
-    want = exact(x, w, None, WEIGHT_ONLY)
-    assert worst_row(native.linear(problem(w, x), x, w, None), want) < 1e-6
+    for x in (torch.rand(m, 128) * size, (torch.rand(m, 128) * size).bfloat16()):
+        want = exact(x, w, None, WEIGHT_ONLY)
+        assert worst_row(native.linear(problem(w, x, out=F32), x, w, None), want) < 1e-6
 
 
 @pytest.mark.parametrize("m", [1, 5])
@@ -239,10 +195,6 @@ def test_the_check_itself_notices_a_wrong_row():
     assert worst_row(y, want) < 1e-6
     y[5] = 0
     assert worst_row(y, want) == 1
-
-
-def reasons(kernel, p, platform):
-    return list(kernel.why_not(p, Platform.parse(platform)))
 
 
 def test_says_why_not():

@@ -7,9 +7,10 @@ of the platform (see platform.py) says whether the library exists and which inst
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from ...registry import Problem
 from ...tensor import BlockScaled
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 1
+ABI = 2
 
 TYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4
 }  # fmt: skip
 ELEMENTS = {"fp8": 0, "fp8e5m2": 1, "fp4": 2}
 _ROUNDINGS = {"none": 0, "pow2_ceil": 1, "pow2_floor": 2}
+ENGINES = ("exact", "int16")
+
+_CALL = Struct("q7P2i")
+"""LinearCall of api.h. Packed bytes cost a third of what a ctypes structure does, and threads cannot share them."""
 
 
 class _QuantizeRule(Structure):
@@ -42,7 +47,7 @@ class _QuantizeRule(Structure):
 class _LinearSpec(Structure):
     _fields_ = (
         ("n", c_int64), ("k", c_int64), ("block_rows", c_int64), ("block_cols", c_int64),
-        ("element", c_int32), ("x_type", c_int32), ("y_type", c_int32), ("padding", c_int32),
+        ("element", c_int32), ("x_type", c_int32), ("y_type", c_int32), ("engine", c_int32),
         ("activation", _QuantizeRule),
     )  # fmt: skip
 
@@ -66,7 +71,7 @@ def library() -> Any:
         raise BlockscaleError(f"cpu.native: {PATH.name} has no kernels for {wanted!r} that this processor can run")
     spec, rule, p, i, l = POINTER(_LinearSpec), POINTER(_QuantizeRule), c_void_p, c_int32, c_int64  # noqa: E741
     for name, arguments in {
-        "linear": [spec, l, p, p, p, i, p, p, i, p, p],
+        "linear": [p, c_char_p],
         "grouped_linear": [spec, l, l, p, p, p, l, p, l, i, p, i, p, i, p],
         "quantize": [rule, l, l, p, i, p, p, p, i],
         "dense": [l, l, l, p, p, p, p, i, i, i, i],
@@ -100,7 +105,7 @@ def _rule(fmt: Format | None, rounding: ScaleRounding | None, floor: float) -> _
 class _Bound:
     """What a problem fixes, built once for each Problem object."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, engine: str) -> None:
         fmt = problem.format
         assert fmt is not None
         self.problem = problem
@@ -108,47 +113,50 @@ class _Bound:
         rows, cols = fmt.block
         self.spec = _LinearSpec(
             problem.n, problem.k, rows or 0, cols or 0, ELEMENTS[fmt.element.name],
-            TYPES[problem.x_dtype], TYPES[problem.out_dtype], 0,
+            TYPES[problem.x_dtype], TYPES[problem.out_dtype], ENGINES.index(engine),
             _rule(activation, None, problem.numerics.act_floor),
         )  # fmt: skip
-        self.reference = byref(self.spec)
+        self.reference, self.address = byref(self.spec), addressof(self.spec)
         self.static = activation is not None and activation.block == (None, None)
+        self.n, self.out_dtype = problem.n, problem.out_dtype
         self.lib = library()
+        self.linear = self.lib.blockscale_linear
 
 
-_bound: dict[int, _Bound] = {}
+_bound: dict[str, dict[int, _Bound]] = {engine: {} for engine in ENGINES}
 
 
-def _bind(problem: Problem) -> _Bound:
+def _bind(problem: Problem, engine: str = "exact") -> _Bound:
     """Memoised by identity: the registry hands out the same Problem every time, and hashing one costs microseconds."""
-    hit = _bound.get(id(problem))
+    held = _bound[engine]
+    hit = held.get(id(problem))
     if hit is None or hit.problem is not problem:
-        if len(_bound) > 4096:
-            _bound.clear()
-        hit = _bound[id(problem)] = _Bound(problem)
+        if len(held) > 4096:
+            held.clear()
+        hit = held[id(problem)] = _Bound(problem, engine)
     return hit
 
 
-def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-    """`x: [M, K]`, `w: [N, K]` in layout "row" -> `[M, N]` in the problem's out_dtype."""
-    bound = _bind(problem)
-    x, data, scale = x.contiguous(), w.data, w.scale
-    if not (data.is_contiguous() and scale.is_contiguous()):
-        data, scale = data.contiguous(), scale.contiguous()
-    y = torch.empty(x.shape[0], problem.n, dtype=problem.out_dtype)
-    level, static = w.global_scale, w.input_scale if bound.static else None
+def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None, engine: str = "exact") -> Tensor:
+    """`x: [M, K]`, `w: [N, K]` in layout "row" -> `[M, N]` in the problem's out_dtype. engine: one of ENGINES."""
+    bound = _bind(problem, engine)
+    x, data, scale, level = x.contiguous(), w.data.contiguous(), w.scale.contiguous(), w.global_scale
+    static = w.input_scale if bound.static else None
     if level is not None:
         level = level.float()
     if static is not None:
         static = static.float()
     if bias is not None:
         bias = bias.contiguous()
-    bound.lib.blockscale_linear(
-        bound.reference, x.shape[0], x.data_ptr(), data.data_ptr(), scale.data_ptr(), TYPES[scale.dtype],
-        None if level is None else level.data_ptr(),
-        None if bias is None else bias.data_ptr(), 0 if bias is None else TYPES[bias.dtype],
-        None if static is None else static.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    m = x.shape[0]
+    y = torch.empty(m, bound.n, dtype=bound.out_dtype)
+    bound.linear(bound.address, _CALL.pack(
+        m, x.data_ptr(), data.data_ptr(), scale.data_ptr(),
+        0 if level is None else level.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if static is None else static.data_ptr(),
+        y.data_ptr(), TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype],
+    ))  # fmt: skip
     return y
 
 

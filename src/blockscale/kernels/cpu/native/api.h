@@ -5,6 +5,7 @@
 
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE8M0 = 3, kE4M3 = 4 };
 enum Element { kElementE4M3 = 0, kElementE5M2 = 1, kElementE2M1 = 2 };
+enum Engine { kExact = 0, kInt16 = 1 };  // kInt16: 16-bit fixed point, for E4M3 in blocks of 128 columns, AVX2 and above
 enum Rounding { kRoundNone = 0, kRoundPow2Ceil = 1, kRoundPow2Floor = 2 };
 
 // How a block's scale is made. group: columns that share a scale; rows: rows that do; 0 is the whole dimension.
@@ -22,7 +23,7 @@ struct LinearSpec {
   int64_t block_rows, block_cols;  // of the weight; 0 is the whole dimension
   int32_t element;                 // Element of the weight
   int32_t x_type, y_type;          // Type
-  int32_t padding;
+  int32_t engine;                  // Engine
   QuantizeRule activation;
 };
 
@@ -32,12 +33,11 @@ struct LinearCall {
   const void* x;
   const uint8_t* w;
   const void* scale;
-  int32_t scale_type;
   const float* global_scale;  // NVFP4's second level, or null
   const void* bias;           // [n], or null
-  int32_t bias_type;
   const float* x_scale;       // static activation scale, or null
   void* y;
+  int32_t scale_type, bias_type;
 };
 
 struct QuantizeCall {

@@ -12,7 +12,7 @@
 namespace BLOCKSCALE_ISA {
 
 struct E4M3 {
-  static constexpr int E = 4;
+  static constexpr int E = 4, kMantissa = 3, kBias = 7;
   static constexpr float kUnit = 0x1p120f;  // bias 127 - 7
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x87F00000);
@@ -23,14 +23,12 @@ struct E4M3 {
     out[2] = bits<F>(even & mask);
     out[3] = bits<F>(odd & mask);
   }
-  // Bytes that the trick gets wrong: 0x7F and 0xFF are NaN. Sets bit 7 of such a byte; OR them up, test once a row.
-  INLINE I special(I v) { return bits<I>((bits<U>(v) & 0x7F7F7F7F) + 0x01010101); }
-  static constexpr int32_t kSpecial = (int32_t)0x80808080;
+  static constexpr int kSpecial = 0x7F;  // the first magnitude that the trick gets wrong: NaN
   INLINE float one(const uint8_t* row, int64_t i) { return from_e4m3(row[i]); }
 };
 
 struct E5M2 {
-  static constexpr int E = 4;
+  static constexpr int E = 4, kMantissa = 2, kBias = 15;
   static constexpr float kUnit = 0x1p112f;  // bias 127 - 15
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x8FE00000);
@@ -41,8 +39,7 @@ struct E5M2 {
     out[2] = bits<F>(even & mask);
     out[3] = bits<F>(odd & mask);
   }
-  INLINE I special(I v) { return bits<I>((bits<U>(v) & 0x7F7F7F7F) + 0x04040404); }  // 0x7C ... 0x7F: infinity and NaNs
-  static constexpr int32_t kSpecial = (int32_t)0x80808080;
+  static constexpr int kSpecial = 0x7C;  // infinity; NaNs follow
   INLINE float one(const uint8_t* row, int64_t i) { return from_e5m2(row[i]); }
 };
 
@@ -53,12 +50,31 @@ struct E2M1 {  // two to a byte, the even column in the low nibble
     const I mask = splat((int32_t)0x81C00000);
     UNROLL for (int j = 0; j < E; j++) out[j] = bits<F>(((v << (28 - 4 * j)) >> 6) & mask);
   }
-  INLINE I special(I) { return I{}; }
-  static constexpr int32_t kSpecial = 0;
+  static constexpr int kSpecial = 0;  // every code is a number
   INLINE float one(const uint8_t* row, int64_t i) {
     constexpr float value[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
     int code = row[i / 2] >> (i % 2 * 4) & 15;
     return code & 8 ? -value[code & 7] : value[code];
+  }
+};
+
+// Whether bytes that `D::decode` gets wrong went by: the largest positive and the largest negative byte tell.
+template <class D>
+struct Watch {
+  typedef int8_t Signed __attribute__((vector_size(4 * W)));
+  typedef uint8_t Unsigned __attribute__((vector_size(4 * W)));
+  Signed positive{};
+  Unsigned negative{};
+  INLINE_MEMBER void see(I v) {
+    if (!D::kSpecial) return;
+    const Signed s = bits<Signed>(v);
+    const Unsigned u = bits<Unsigned>(v);
+    positive = positive > s ? positive : s;
+    negative = negative > u ? negative : u;
+  }
+  bool special() const {
+    if (!D::kSpecial) return false;
+    return any(bits<I>((positive >= (int8_t)D::kSpecial) | bits<Signed>(negative >= (uint8_t)(0x80 | D::kSpecial))));
   }
 };
 

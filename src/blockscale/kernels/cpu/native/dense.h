@@ -47,9 +47,9 @@ static void dense_rows(const typename T::Stored* w, int64_t k, const float* x, i
   };
   const int64_t full = k / C * C;
   for (int64_t c = 0; c < full; c += C) {
-    const int64_t ahead = c + 1024 / (int64_t)sizeof(*w);
+    const int64_t ahead = c + kPrefetch / (int64_t)sizeof(*w);
     const typename T::Stored* line = w + ahead + (ahead >= k ? (R - 1) * k : 0);
-    UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(line + r * k);
+    UNROLL for (int r = 0; r < R; r++) prefetch(line + r * k);
     UNROLL for (int r = 0; r < R; r++) step(w + r * k + c, r, x + c);
   }
   if (full < k)

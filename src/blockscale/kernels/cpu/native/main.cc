@@ -12,6 +12,7 @@
 DECLARE(sse2)
 DECLARE(avx2)
 DECLARE(avx512)
+DECLARE(avx512bf16)
 #elif defined(__aarch64__)
 DECLARE(neon)
 #else
@@ -25,6 +26,9 @@ static const Kernels* chosen = nullptr;
 static bool runs(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (!strcmp(isa, "avx512bf16"))
+    return runs("avx512") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -35,7 +39,7 @@ static bool runs(const char* isa) {
 
 static const Kernels* const all[] = {
 #if defined(__x86_64__)
-    &blockscale_kernels_avx512, &blockscale_kernels_avx2, &blockscale_kernels_sse2
+    &blockscale_kernels_avx512bf16, &blockscale_kernels_avx512, &blockscale_kernels_avx2, &blockscale_kernels_sse2
 #elif defined(__aarch64__)
     &blockscale_kernels_neon
 #else
@@ -43,14 +47,21 @@ static const Kernels* const all[] = {
 #endif
 };
 
+static const Kernels* best() {
+  for (const Kernels* k : all)
+    if (runs(k->isa)) return k;
+  return nullptr;  // not reached: the last one runs everywhere
+}
+
 __attribute__((constructor)) static void start() {
   pthread_atfork(nullptr, nullptr, [] { blockscale_forked = 1; });
-  for (const Kernels* k : all)
-    if (!chosen && runs(k->isa)) chosen = k;
+  chosen = best();
 }
 
 // Changes whenever api.h does; native.py refuses a library of another version.
-EXPORT int blockscale_abi() { return 1; }
+EXPORT int blockscale_abi() { return 2; }
+
+EXPORT const char* blockscale_best_isa() { return best()->isa; }
 
 EXPORT const char* blockscale_isa() { return chosen->isa; }
 
@@ -66,12 +77,7 @@ EXPORT int blockscale_use(const char* isa) {
 
 EXPORT int blockscale_threads() { return blockscale_forked ? 1 : omp_get_max_threads(); }
 
-EXPORT void blockscale_linear(const LinearSpec* spec, int64_t m, const void* x, const uint8_t* w, const void* scale,
-                              int32_t scale_type, const float* global_scale, const void* bias, int32_t bias_type,
-                              const float* x_scale, void* y) {
-  const LinearCall call = {m, x, w, scale, scale_type, global_scale, bias, bias_type, x_scale, y};
-  chosen->linear(spec, &call);
-}
+EXPORT void blockscale_linear(const LinearSpec* spec, const LinearCall* call) { chosen->linear(spec, call); }
 
 static int64_t size_of(int32_t type) { return type == kFloat32 ? 4 : type == kBFloat16 || type == kFloat16 ? 2 : 1; }
 
@@ -88,9 +94,10 @@ EXPORT void blockscale_grouped_linear(const LinearSpec* spec, int64_t rows, int6
     const int64_t end = ends[e] < rows ? ends[e] : rows;
     if (end <= start) continue;
     const LinearCall call = {end - start, (const char*)x + start * x_row, w + e * w_stride,
-                             (const char*)scale + e * scale_stride * size_of(scale_type), scale_type,
-                             global_scale && global_per_expert ? global_scale + e : global_scale, nullptr, 0,
-                             x_scale && x_scale_per_expert ? x_scale + e : x_scale, (char*)y + start * y_row};
+                             (const char*)scale + e * scale_stride * size_of(scale_type),
+                             global_scale && global_per_expert ? global_scale + e : global_scale, nullptr,
+                             x_scale && x_scale_per_expert ? x_scale + e : x_scale, (char*)y + start * y_row,
+                             scale_type, kFloat32};
     chosen->linear(spec, &call);
     start = end;
   }

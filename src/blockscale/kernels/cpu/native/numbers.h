@@ -6,6 +6,8 @@
 
 namespace BLOCKSCALE_ISA {
 
+INLINE uint32_t abs_bits(float x) { return bits<uint32_t>(x) & 0x7FFFFFFF; }
+
 INLINE float from_bf16(uint16_t h) { return bits<float>((uint32_t)h << 16); }
 
 INLINE float from_fp16(uint16_t h) {

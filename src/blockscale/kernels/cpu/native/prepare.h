@@ -1,21 +1,24 @@
-// x as the multiplication wants it: fp32, quantized and read back where the numerics say so, zero-padded to whole
-// chunks, and permuted like decode.h delivers the weights.
+// x as the multiplication wants it: quantized where the numerics say so, scaled by powers of two, zero-padded to whole
+// chunks and groups, and laid out as its arithmetic says. And y as the caller wants it.
 #pragma once
-#include "decode.h"
+#include "arithmetic.h"
 #include "quantize.h"
 
 namespace BLOCKSCALE_ISA {
 
 struct Prepared {
-  float* x;          // [m, stride]
-  int64_t stride;    // elements; odd in cache lines, so that rows do not fall on the same cache sets
-  float* factor;     // [m], what results of a row must be multiplied by; only when normalised
+  float* x;        // [m, stride] 32-bit lanes
+  int64_t stride;  // odd in cache lines, so that rows do not fall on the same cache sets
+  float* factor;   // [m]: what results of a row must be multiplied by; only for a normalised fp32 row
+  float* scale;    // [m, groups]: what a group's sum must be multiplied by; only for pairs
+  int64_t groups;
 };
 
-constexpr int kHeadroom = 60;  // a normalised row's largest magnitude lies in 2^60 ... 2^61
-
+// Quantizes a row in groups and reads it back. With `scales`, what is read back are the codes, and the scale of every
+// kGroup columns goes there.
 template <class C>
-static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRule& rule, const float* given) {
+static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRule& rule, const float* given,
+                          float* scales) {
   for (int64_t c = 0; c < k; c += group) {
     const int64_t count = round_up(least(group, k - c), W);  // zeros follow the row
     float part[W];  // what lies behind a group that is no multiple of W
@@ -24,37 +27,71 @@ static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRu
       memcpy(part, row + tail, sizeof part);
       memset(row + tail, 0, (count - (tail - c)) * 4);
     }
-    const F s = splat(given ? *given : make_scale<C>(maximum(bits<F>(amax_bits(row + c, count, I{}))), rule));
-    for (int64_t i = c; i < c + count; i += W) store(row + i, round_trip<C>(load<F>(row + i) / s) * s);
+    const float scale = given ? *given : make_scale<C>(maximum(bits<F>(amax_bits(row + c, count, I{}))), rule);
+    const F s = splat(scale), back = scales ? splat(1.0f) : s;
+    for (int64_t i = c; i < c + count; i += W) store(row + i, round_trip<C>(load<F>(row + i) / s) * back);
+    if (scales) for (int64_t g = c; g < tail; g += kGroup) scales[g / kGroup] = scale;
     if (count > tail - c) memcpy(row + tail, part, (count - (tail - c)) * 4);
   }
 }
 
-// Multiply by a power of two so that products with scaled-down weights stay clear of fp32's subnormals.
-INLINE float normalise(float* row, int64_t count) {
+// Multiplies a row by a power of two that makes its largest magnitude 2^headroom ... 2^(headroom + 1), clear of fp32's
+// subnormals. Returns what undoes it.
+INLINE float normalise(float* row, int64_t count, int headroom) {
   int32_t exponent = bits<int32_t>(maximum(bits<F>(amax_bits(row, count, I{})))) >> 23;
-  int up = kHeadroom + 127 - (exponent ? exponent : 127);
+  int up = headroom + 127 - (exponent ? exponent : 127);
   const F half = splat(ldexpf(1, up / 2)), rest = splat(ldexpf(1, up - up / 2));
   for (int64_t i = 0; i < count; i += W) store(row + i, load<F>(row + i) * half * rest);
-  return ldexpf(1, kHeadroom - up);
+  return ldexpf(1, headroom - up);
 }
 
+#if defined(BLOCKSCALE_INT16)
+// The groups of a row to whole numbers of at most kMaxX, which their scales take back. A group with a NaN or an infinity
+// gets the scale NaN.
 template <class D>
-static void prepare_row(const LinearSpec& spec, const LinearCall& call, int64_t m, bool normalised, const float* given,
+static void to_integers(float* row, int64_t padded, float* scales) {
+  typedef Int16Pairs<D> A;
+  for (int64_t c = 0; c < padded; c += kGroup) {
+    I largest = I{};
+    for (int64_t i = c; i < c + kGroup; i += W) largest = max(largest, bits<I>(load<F>(row + i)) & 0x7FFFFFFF);
+    const bool finite = !any(largest >= 0x7F800000);
+    const float amax = finite ? maximum(bits<F>(largest)) : 0;
+    const float inverse = amax > 0x1p-100f ? A::kMaxX / amax : 0;  // less is nothing beside a row's largest of 1 and more
+    for (int64_t i = c; i < c + kGroup; i += W)
+      store(row + i, load<F>(row + i) * inverse + splat(A::kMagic) - splat(A::kMagic));
+    scales[c / kGroup] *= finite ? amax / (A::kMaxX * A::kSteps) : bits<float>(0x7FC00000u);
+  }
+}
+#endif
+
+template <class A>
+INLINE int64_t padded_columns(int64_t k) {
+  return round_up(k, A::kPairs ? kGroup : kChunk<typename A::D>);
+}
+
+template <class A>
+static void prepare_row(const LinearSpec& spec, const LinearCall& call, int64_t m, int headroom, const float* given,
                         float* row, const Prepared& out) {
-  const int64_t k = spec.k, padded = round_up(k, kChunk<D>);
+  typedef typename A::D D;
+  const int64_t k = spec.k, padded = padded_columns<A>(k);
+  float* scales = A::kPairs ? out.scale + m * out.groups : nullptr;
   read_floats(call.x, spec.x_type, m * k, k, row);
   memset(row + k, 0, (padded + W - k) * 4);
   if (spec.activation.enabled) {
     const int64_t group = spec.activation.group ? spec.activation.group : k;
-    if (spec.activation.element == kElementE5M2) fake_quantize<CodeE5M2>(row, k, group, spec.activation, given);
-    else fake_quantize<CodeE4M3>(row, k, group, spec.activation, given);
+    if (spec.activation.element == kElementE5M2) fake_quantize<CodeE5M2>(row, k, group, spec.activation, given, scales);
+    else fake_quantize<CodeE4M3>(row, k, group, spec.activation, given, scales);
   }
-  if (normalised) out.factor[m] = normalise(row, padded);
+  if (!A::kPairs && headroom) out.factor[m] = normalise(row, padded, headroom);
+  if (A::kPairs && !spec.activation.enabled) {
+    const float factor = normalise(row, padded, 0);
+    for (int64_t g = 0; g < out.groups; g++) scales[g] = factor;
+  }
+#if defined(BLOCKSCALE_INT16)
+  if constexpr (A::kIntegers) to_integers<D>(row, padded, scales);
+#endif
   float* to = out.x + m * out.stride;
-  for (int64_t c = 0; c < padded; c += kChunk<D>)
-    UNROLL for (int j = 0; j < D::E; j++)
-      for (int i = 0; i < W; i++) to[c + j * W + i] = row[c + D::E * i + j];
+  for (int64_t c = 0; c < padded; c += kChunk<D>, to += A::kVectors * W) A::arrange(row + c, to);
 }
 
 // The scale of "tensor" activations, over all of x.
@@ -69,14 +106,17 @@ static float tensor_scale(const LinearSpec& spec, const LinearCall& call, float*
                                                  : make_scale<CodeE4M3>(amax, spec.activation);
 }
 
-template <class D>
-static Prepared prepare(const LinearSpec& spec, const LinearCall& call, bool normalised) {
+// headroom: 0 leaves fp32 rows as they are.
+template <class A>
+static Prepared prepare(const LinearSpec& spec, const LinearCall& call, int headroom) {
   static thread_local Scratch memory, row_memory;
-  const int64_t padded = round_up(spec.k, kChunk<D>);
+  const int64_t padded = padded_columns<A>(spec.k);
   Prepared out;
-  out.stride = round_up(padded, 1024) + 16;
-  out.x = memory.get<float>(call.m * (out.stride + 1));
+  out.stride = round_up(padded / (kChunk<typename A::D> / (A::kVectors * W)), 1024) + 16;
+  out.groups = A::kPairs ? padded / kGroup : 0;
+  out.x = memory.get<float>(call.m * (out.stride + 1 + out.groups));
   out.factor = out.x + call.m * out.stride;
+  out.scale = out.factor + call.m;
   const float* given = call.x_scale;
   float whole;
   if (spec.activation.enabled && !spec.activation.rows && !given) {
@@ -86,9 +126,20 @@ static Prepared prepare(const LinearSpec& spec, const LinearCall& call, bool nor
   }
   parallel_for(call.m, 8.0 * call.m * spec.k, [&](int64_t m) {
     static thread_local Scratch own;
-    prepare_row<D>(spec, call, m, normalised, given, own.get<float>(padded + 2 * W), out);
+    prepare_row<A>(spec, call, m, headroom, given, own.get<float>(padded + 2 * W), out);
   });
   return out;
+}
+
+// Adds the bias and writes `rows` x `cols` results to y[m0 ..., n0 ...] in its type.
+static void finish(const LinearSpec& spec, const LinearCall& call, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                   float* from, int64_t stride) {
+  float bias[64];
+  if (call.bias) read_floats(call.bias, call.bias_type, n0, cols, bias);
+  for (int64_t a = 0; a < rows; a++, from += stride) {
+    if (call.bias) for (int64_t i = 0; i < cols; i++) from[i] += bias[i];
+    write_floats(from, cols, call.y, spec.y_type, (m0 + a) * spec.n + n0);
+  }
 }
 
 }  // namespace BLOCKSCALE_ISA

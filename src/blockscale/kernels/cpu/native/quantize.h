@@ -43,21 +43,24 @@ INLINE I max(I a, I b) { return a > b ? a : b; }
 struct CodeE4M3 { static constexpr int kMantissa = 3, kBias = 7, kMaxExponent = 8; static constexpr float kMax = 448; };
 struct CodeE5M2 { static constexpr int kMantissa = 2, kBias = 15, kMaxExponent = 15; static constexpr float kMax = 57344; };
 
-// Codes of `v`, one a lane.
-template <class C>
+// Codes of `v`, one a lane. kOrdinary: every |v| is finite and rounds to kMax at most, so nothing is to be caught.
+template <class C, bool kOrdinary = false>
 INLINE I encode(F v) {
   constexpr int kShift = 23 - C::kMantissa;
   constexpr int32_t kMagic = (127 + 24 - C::kBias - C::kMantissa) << 23;  // a float whose ulp is the subnormals' step
   I b = bits<I>(v), magnitude = b & 0x7FFFFFFF;
-  I special = magnitude >= 0x7F800000;
-  I limit = splat(bits<int32_t>(C::kMax));
-  I a = magnitude < limit ? magnitude : limit;
+  I a = magnitude;
+  if (!kOrdinary) {
+    const I limit = splat(bits<int32_t>(C::kMax));
+    a = magnitude < limit ? magnitude : limit;
+  }
   constexpr int32_t kRebias = ((127 - C::kBias) << 23) - ((1 << (kShift - 1)) - 1);
   I normal = (a - kRebias + ((a >> kShift) & 1)) >> kShift;  // of no meaning below the normal numbers
   I small = bits<I>(bits<F>(a) + bits<F>(splat(kMagic))) - kMagic;
   I code = a < ((128 - C::kBias) << 23) ? small : normal;
   code |= bits<I>(bits<U>(b) >> 24) & 0x80;  // the sign, of zero too
-  return special ? splat(0x7F) : code;
+  if (kOrdinary) return code;
+  return magnitude >= 0x7F800000 ? splat(0x7F) : code;
 }
 
 // `v` rounded to the nearest E4M3 or E5M2 number; NaN for NaN and infinities.
@@ -102,13 +105,22 @@ INLINE I amax_bits(const X* x, int64_t count, I so_far) {
   return so_far;
 }
 
-template <class C, class X>
+// The largest magnitude as an integer, which infinities and NaNs exceed.
+template <class X>
+INLINE I largest_bits(const X* x, int64_t count, I so_far) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) so_far = max(so_far, bits<I>(widen(x + i)) & 0x7FFFFFFF);
+  if (i < count) so_far = max(so_far, bits<I>(widen_part(x + i, count - i)) & 0x7FFFFFFF);
+  return so_far;
+}
+
+template <class C, bool kOrdinary, class X>
 INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
   const F s = splat(scale);
   int64_t i = 0;
-  for (; i + W <= count; i += W) store(data + i, __builtin_convertvector(encode<C>(widen(x + i) / s), Bytes));
+  for (; i + W <= count; i += W) store(data + i, __builtin_convertvector(encode<C, kOrdinary>(widen(x + i) / s), Bytes));
   if (i < count) {
-    Bytes part = __builtin_convertvector(encode<C>(widen_part(x + i, count - i) / s), Bytes);
+    Bytes part = __builtin_convertvector(encode<C, kOrdinary>(widen_part(x + i, count - i) / s), Bytes);
     memcpy(data + i, &part, count - i);
   }
 }
@@ -117,18 +129,30 @@ INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
 template <class C, class X>
 static void quantize_block(const QuantizeRule& rule, const QuantizeCall& call, int64_t r0, int64_t r1, int64_t c0,
                            int64_t c1, int64_t grid_index) {
-  const X* x = (const X*)call.x;
+  const X* x = (const X*)call.x + c0;
+  uint8_t* data = call.data + c0;
   float scale;
+  bool ordinary = false;
   if (call.given) {
     scale = call.given[grid_index];
   } else {
     I m = I{};
-    for (int64_t r = r0; r < r1; r++) m = amax_bits(x + r * call.cols + c0, c1 - c0, m);
+    for (int64_t r = r0; r < r1; r++) m = largest_bits(x + r * call.cols, c1 - c0, m);
+    const bool finite = !any(m >= 0x7F800000);
+    if (!finite) {
+      m = I{};
+      for (int64_t r = r0; r < r1; r++) m = amax_bits(x + r * call.cols, c1 - c0, m);
+    }
     scale = make_scale<C>(maximum(bits<F>(m)), rule);
     store_scale(scale, call.scale, call.scale_type, grid_index);
+    ordinary = finite && scale >= 0x1p-126f && rule.rounding != kRoundPow2Floor;  // so amax / scale is kMax at most
   }
-  for (int64_t r = r0; r < r1; r++)
-    encode_row<C>(x + r * call.cols + c0, c1 - c0, scale, call.data + r * call.cols + c0);
+  if (ordinary)
+    for (int64_t r = r0; r < r1; r++)
+      encode_row<C, true>(x + r * call.cols, c1 - c0, scale, data + r * call.cols);
+  else
+    for (int64_t r = r0; r < r1; r++)
+      encode_row<C, false>(x + r * call.cols, c1 - c0, scale, data + r * call.cols);
 }
 
 template <class C, class X>

@@ -12,6 +12,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // a micro-kernel that is inlined loses its registers to what is around it
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace BLOCKSCALE_ISA {
@@ -24,10 +26,26 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32 of them, else 16
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+// Keeps a loaded vector in its register: GCC would load it again for every use.
+#if defined(__aarch64__)
+#define IN_REGISTER(v) __asm__("" : "+w"(v))
+#elif defined(__AVX512F__)
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#endif
+
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int16_t H __attribute__((vector_size(4 * W)));
+typedef uint16_t UH __attribute__((vector_size(4 * W)));
 typedef float F4 __attribute__((vector_size(16)));
 
 template <class V, class T>
@@ -102,6 +120,10 @@ INLINE float maximum(F v) {
   m = m > n ? m : n;
   return m[0] > m[1] ? m[0] : m[1];
 }
+
+// Into the second-level cache: the first has too few miss buffers to stream from memory at full speed.
+constexpr int kPrefetch = 4096;  // bytes ahead
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 INLINE int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
