@@ -133,6 +133,18 @@ def plan_sharding(
     return maker.plan()
 
 
+def count_experts(checkpoint: Checkpoint) -> int:
+    """The most experts that a layer has; 0 for a dense model."""
+    most = 0
+    for name in families.canonical(checkpoint):
+        name = name.removesuffix(".weight")
+        if single := EXPERT.fullmatch(name):
+            most = max(most, int(single["index"]) + 1)
+        elif STACKED.fullmatch(name):
+            most = max(most, checkpoint.tensors[name].shape[0] if name in checkpoint.tensors else 0)
+    return most
+
+
 class _Maker:
     """One plan in the making."""
 

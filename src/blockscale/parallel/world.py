@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,21 +57,22 @@ def started() -> bool:
 
 
 @contextmanager
-def joined(device: str = "cpu", *, ep: int = 1, timeout: float = 60.0) -> Iterator[World]:
+def joined(
+    device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: float = 60.0
+) -> Iterator[World]:
     """Join the ranks that torchrun started, for the time of the context.
 
-    device: kind; each rank takes the one of its local number. ep: groups of experts, must divide the ranks.
+    device: kind; each rank takes the one of its local number. ep: groups of experts, or what makes it from the number
+    of ranks, which it must divide.
     timeout: seconds without a sign of life after which a rank is given up and all others end.
 
-    An exception on one rank ends every rank: the first report is printed once, and SystemExit(2) raised (130 when
-    interrupted). Raises PlanError when `ep` does not divide the ranks, BlockscaleError for an unknown device kind.
+    An exception on one rank ends every process: the first report is printed once, by rank 0, and all leave with exit
+    code 2 (130 when interrupted) without waiting for each other. Errors inside are therefore not for the caller.
     """
     kind = torch.device(device).type
     if kind not in BACKENDS:
         raise BlockscaleError(f"parallel: needs a device of {', '.join(BACKENDS)}, got {device!r}")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
-    if size % ep:
-        raise PlanError(f"ep={ep} must divide the {size} ranks: experts lie in ep groups")
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
     if kind != "cpu":
         torch.get_device_module(kind).set_device(here)
@@ -79,11 +80,14 @@ def joined(device: str = "cpu", *, ep: int = 1, timeout: float = 60.0) -> Iterat
     before = signal.signal(signal.SIGTERM, _terminated)
     watch.start()
     try:
+        groups = ep if isinstance(ep, int) else ep(size)
+        if size % groups:
+            raise PlanError(f"ep={groups} must divide the {size} ranks: experts lie in ep groups of equal size")
         dist.init_process_group(
             BACKENDS[kind], store=dist.PrefixStore("blockscale", store), rank=rank, world_size=size,
             timeout=timedelta(seconds=COLLECTIVE * timeout), device_id=None if kind == "cpu" else here,
         )  # fmt: skip
-        yield World(rank, size, here, *_groups(kind, ep, size))
+        yield World(rank, size, here, *_groups(kind, groups, size))
         watch.stop()
         dist.destroy_process_group()
     except KeyboardInterrupt:
