@@ -11,6 +11,7 @@ from blockscale.parallel import (
     ColumnParallelLinear,
     Group,
     ParallelExperts,
+    ParallelMLP,
     RowParallelLinear,
     piece,
     plan_sharding,
@@ -105,3 +106,25 @@ def load(world, folder, plan_options, numerics, exchange, dtype=torch.float32):
     plan = plan_sharding(checkpoint, world.size, world.ep, policy, **plan_options)
     how = integration.Parallel(world, plan, exchange)
     return integration.load(folder, dtype=dtype, numerics=numerics, parallel=how)
+
+
+def mlp(world, chunks, numerics):
+    """Tokens on all ranks: FP8 on the wire, sums scattered back."""
+    hidden, inner, each = 256, 512, 4
+    gate_up, down = weight(2 * inner, hidden, "fp8_128x128", 3), weight(hidden, inner, "fp8_128x128", 4)
+    x = tokens(each * world.size, hidden, torch.bfloat16)
+    whole = nn.Linear(gate_up, numerics=numerics)(x)
+    want = nn.Linear(down, numerics=numerics)(reference.swiglu(whole)).float()
+    ranges = cut(inner, world.size, 128)
+    rows = tuple(((b, e), (inner + b, inner + e)) for b, e in ranges)
+    first = piece((2 * inner, hidden), gate_up.format, rows=rows[world.rank])
+    second = piece((hidden, inner), down.format, cols=ranges, rank=world.rank, group=128)
+    layer = ParallelMLP(
+        ColumnParallelLinear(take(gate_up, first), group=world.tp, rows=rows, rows_of_x=True, numerics=numerics),
+        RowParallelLinear(take(down, second), group=world.tp, part=second, scatter=True, numerics=numerics),
+        chunks=chunks,
+    )
+    mine = torch.arange(world.size * each).view(world.size, each)[world.rank]
+    got = layer(x[mine]).float()
+    # chunks take the same slice of every rank's tokens, so results come back where they started
+    return float((got - want[mine]).norm() / want[mine].norm()), layer.gate_up.wire.format is not None

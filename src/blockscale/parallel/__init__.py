@@ -23,6 +23,7 @@ from .errors import PlanError, RankError
 from .experts import ParallelExperts
 from .linear import ColumnParallelDense, ColumnParallelLinear, RowParallelLinear
 from .load import RankCheckpoint
+from .mlp import ParallelMLP
 from .piece import Piece, piece, take
 from .plan import ShardingPlan, Split, plan_sharding
 from .wire import Wire, wire_of
@@ -33,6 +34,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Group",
     "ParallelExperts",
+    "ParallelMLP",
     "Piece",
     "PlanError",
     "RankCheckpoint",

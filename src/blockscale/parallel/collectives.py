@@ -47,9 +47,14 @@ class Group:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """`[rows, …]` of every rank as `[size * rows, …]`, all alike."""
-        if self.size == 1:
-            return x
-        return _as(self.wait(_OPS.all_gather_into_tensor(_plain(x), self.size, self.name)), x.dtype)
+        return x if self.size == 1 else self.finish_all_gather(self.start_all_gather(x), x.dtype)
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else cast(Tensor, _OPS.all_gather_into_tensor(_plain(x), self.size, self.name))
+
+    def finish_all_gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What was started, as `dtype`."""
+        return _as(self.wait(x), dtype)
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """`[..., widths[rank]]` of every rank side by side: `[..., sum(widths)]`. Widths may differ."""

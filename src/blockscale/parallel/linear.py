@@ -58,20 +58,32 @@ class ColumnParallelLinear(Linear):
         return y if self.pieces is None else torch.cat([y[..., b:e] for b, e in self.pieces], -1)
 
     def _gathered_rows(self, x: Tensor) -> Tensor:
+        return self.finish_gather(self.start_gather(x), x.dtype)
+
+    def start_gather(self, x: Tensor) -> list[Tensor]:
+        """Send this rank's rows to the others, as `wire` says; `finish_gather` waits and multiplies."""
         fmt = self.wire.format
         if fmt is None:
-            return super().forward(self.group.all_gather(x))
+            return [self.group.start_all_gather(x)]
         q = ops.quantize(
             x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=_family(self.kernel)
         )
+        return [self.group.start_all_gather(q.data), self.group.start_all_gather(q.scale)]
+
+    def finish_gather(self, sent: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Everybody's rows times this rank's part: `[rows, n]` in `dtype`."""
+        fmt = self.wire.format
+        if fmt is None:
+            return super().forward(self.group.finish_all_gather(sent[0], dtype))
+        data = self.group.finish_all_gather(sent[0], fmt.element.dtype)
+        scale = self.group.finish_all_gather(sent[1], fmt.scale_dtype)
         buffers, names = self._buffers, self.names
-        out = x.dtype if self.bias is None else torch.float32
+        out = dtype if self.bias is None else torch.float32
         y: Tensor = OPS.scaled_linear(
-            self.group.all_gather(q.data), self.group.all_gather(q.scale), buffers[names.data], buffers[names.scale],
-            self.out_features, self.in_features, self.format.name, self.layout, fmt.name, out,
-            _family(self.kernel) or "",
+            data, scale, buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
+            self.format.name, self.layout, fmt.name, out, _family(self.kernel) or "",
         )  # fmt: skip
-        return y if self.bias is None else (y + self.bias.float()).to(x.dtype)
+        return y if self.bias is None else (y + self.bias.float()).to(dtype)
 
     def extra_repr(self) -> str:
         end = "gathered" if self.gather else "kept"
@@ -124,11 +136,35 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         lead = x.shape[:-1]
         x = add_guards(x.reshape(-1, x.shape[-1]), self.part, self.group)
-        start = self.group.start_reduce_scatter if self.scatter else self.group.start_all_reduce
-        sums = [start(self._partial(rows)) for rows in x.chunk(self.chunks)]
-        parts = [self._finish(self.group.wait(y), x.dtype) for y in sums]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = self.finish([self._start(self._partial(rows)) for rows in x.chunk(self.chunks)], x.dtype)
         return y if self.scatter else y.view(*lead, self.out_features)
+
+    def quantized(self, q: BlockScaled) -> Tensor:
+        """The same for this rank's columns of an x that is quantized already (`swiglu_quantize`), in x's format.
+
+        q: `[rows, k]` in layout "row" -> `[rows, N]` (or this rank's rows) in bf16. Only where no group is cut:
+        raises ShapeError otherwise, because a cut group's scale is not known before the ranks agree on it.
+        """
+        return self.finish([self.start_quantized(rows) for rows in split_rows(q, self.chunks)], torch.bfloat16)
+
+    def start_quantized(self, q: BlockScaled) -> Tensor:
+        """Multiply and start to add up over ranks; `finish` waits."""
+        if self.part.front or self.part.back:
+            raise ShapeError(f"RowParallelLinear: x comes quantized, but the cut {self.part.cols} needs guard columns")
+        buffers, names = self._buffers, self.names
+        y = OPS.scaled_linear(
+            q.data, q.scale, buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
+            self.format.name, self.layout, q.format.name, torch.float32, _family(self.kernel) or "",
+        )  # fmt: skip
+        return self._start(y)
+
+    def _start(self, y: Tensor) -> Tensor:
+        return self.group.start_reduce_scatter(y) if self.scatter else self.group.start_all_reduce(y)
+
+    def finish(self, sums: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """What was started, waited for, rounded once, and put together."""
+        parts = [self._finish(self.group.wait(y), dtype) for y in sums]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _partial(self, x: Tensor) -> Tensor:
         buffers, names = self._buffers, self.names
@@ -145,6 +181,17 @@ class RowParallelLinear(Linear):
         cut = f", {len(self.part.cut)} activation groups cut" if self.part.cut else ""
         b, e = self.part.cols
         return f"{super().extra_repr()}, columns {b} … {e}, rank {self.group.rank} of {self.group.size}{cut}"
+
+
+def split_rows(q: BlockScaled, chunks: int) -> list[BlockScaled]:
+    """A quantized `[rows, K]` (a scale serves one row) in so many pieces."""
+    if chunks == 1:
+        return [q]
+    parts = zip(q.data.view(torch.uint8).chunk(chunks), q.scale.chunk(chunks), strict=True)
+    return [
+        BlockScaled.trusted(data.view(q.data.dtype), scale, q.format, "row", (data.shape[0], q.shape[1]))
+        for data, scale in parts
+    ]
 
 
 def add_guards(x: Tensor, part: Piece, group: Group) -> Tensor:
