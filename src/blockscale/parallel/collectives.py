@@ -33,6 +33,12 @@ class Group:
         """The same, not waited for: nothing may look at the result before `wait`."""
         return x if self.size == 1 else cast(Tensor, _OPS.all_reduce(x.contiguous(), op, self.name))
 
+    def start_sum_in_place(self, x: Tensor) -> Tensor:
+        """The same sum into x itself, which nobody else holds: saves a copy. A compiler finds that out by itself."""
+        if self.size == 1 or torch.compiler.is_compiling():
+            return self.start_all_reduce(x)
+        return cast(Tensor, _OPS.all_reduce_(x, "sum", self.name))
+
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""
         return self.wait(self.start_reduce_scatter(x))

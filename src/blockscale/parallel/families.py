@@ -31,7 +31,7 @@ HEAD = "lm_head.weight"
 
 
 def role_of_expert(word: str) -> str:
-    """"gate_proj", "up_proj", "down_proj" or "gate_up_proj", whatever the checkpoint calls it."""
+    """ "gate_proj", "up_proj", "down_proj" or "gate_up_proj", whatever the checkpoint calls it."""
     return _WORDS.get(word, word)
 
 

@@ -159,7 +159,7 @@ class RowParallelLinear(Linear):
         return self._start(y)
 
     def _start(self, y: Tensor) -> Tensor:
-        return self.group.start_reduce_scatter(y) if self.scatter else self.group.start_all_reduce(y)
+        return self.group.start_reduce_scatter(y) if self.scatter else self.group.start_sum_in_place(y)
 
     def finish(self, sums: list[Tensor], dtype: torch.dtype) -> Tensor:
         """What was started, waited for, rounded once, and put together."""

@@ -69,9 +69,7 @@ class RankCheckpoint:
 
         made = assemble_piece(part, data_of, scale_of)
         levels = {name: self._reader.tensor(tensors[name]) for name in (names.global_scale, names.input_scale) if name}
-        checked = scales_of(
-            self.local(layer), {names.scale: made.scale, **levels}, self.plan.checkpoint.quantization
-        )
+        checked = scales_of(self.local(layer), {names.scale: made.scale, **levels}, self.plan.checkpoint.quantization)
         return replace(made, scale=checked.scale, global_scale=checked.global_scale, input_scale=checked.input_scale)
 
     def rows(self, name: str) -> Tensor:

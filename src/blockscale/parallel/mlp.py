@@ -40,5 +40,3 @@ class ParallelMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.chunks} chunks"
-
-

@@ -177,9 +177,7 @@ class _Maker:
             self._experts(experts, found)
         for parent, found_here in blocks.items():
             self._block(parent, found_here)
-        return ShardingPlan(
-            self.checkpoint, self.tp, self.ep, self.splits, self._plain(), frozenset(self._unread())
-        )
+        return ShardingPlan(self.checkpoint, self.tp, self.ep, self.splits, self._plain(), frozenset(self._unread()))
 
     # -- dense blocks ------------------------------------------------------------------------------------------
 
@@ -281,9 +279,7 @@ class _Maker:
         except ShapeError as e:
             raise PlanError(f"{down.name}: K={e}") from e
 
-    def _mlp_part(
-        self, name: str, layer: StoredLayer, ranges: tuple[Range, ...], numerics: Numerics
-    ) -> Split:
+    def _mlp_part(self, name: str, layer: StoredLayer, ranges: tuple[Range, ...], numerics: Numerics) -> Split:
         n, k = layer.shape[-2:]
         if name == "down_proj":
             return self._row(layer, ranges, numerics)

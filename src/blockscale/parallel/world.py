@@ -57,9 +57,7 @@ def started() -> bool:
 
 
 @contextmanager
-def joined(
-    device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: float = 60.0
-) -> Iterator[World]:
+def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: float = 60.0) -> Iterator[World]:
     """Join the ranks that torchrun started, for the time of the context.
 
     device: kind; each rank takes the one of its local number. ep: groups of experts, or what makes it from the number
@@ -102,11 +100,11 @@ def joined(
 
 
 def _groups(kind: str, ep: int, size: int) -> tuple[Group, Group, Group]:
-    mesh = init_device_mesh(kind, (ep, size // ep), mesh_dim_names=("experts", "slices"))
     everyone = Group(dist.group.WORLD)
-    outer = Group(mesh.get_group("experts")) if 1 < ep < size else everyone if ep > 1 else Group()
-    inner = Group(mesh.get_group("slices")) if 1 < ep < size else everyone if ep == 1 else Group()
-    return everyone, outer, inner
+    if ep in (1, size):
+        return (everyone, Group(), everyone) if ep == 1 else (everyone, everyone, Group())
+    mesh = init_device_mesh(kind, (ep, size // ep), mesh_dim_names=("experts", "slices"))
+    return everyone, Group(mesh.get_group("experts")), Group(mesh.get_group("slices"))
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

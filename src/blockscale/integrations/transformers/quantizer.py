@@ -163,7 +163,9 @@ class BlockscaleQuantizer(HfQuantizer):
         the checkpoint's own bytes are carried over.
         """
         if self.sharder is not None:
-            raise BlockscaleError("save_pretrained: this rank holds a part of the model; the checkpoint it came from is whole")
+            raise BlockscaleError(
+                "save_pretrained: this rank holds a part of the model; the checkpoint it came from is whole"
+            )
         ours: dict[str, Tensor] = {}
         for path, slots in self.bindings.slots.items():
             ours.update(stored_tensors(model.get_submodule(path), slots))

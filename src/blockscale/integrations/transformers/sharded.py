@@ -88,7 +88,9 @@ class Sharder:
         begin, end = shares(count, self.world.ep)[self.world.outer.rank]
         here: dict[str, dict[int, StoredLayer]] = {}
         for role, layers in roles.items():
-            here[role] = {e - begin if e >= 0 else e: self.local(x) for e, x in layers.items() if e < 0 or begin <= e < end}
+            here[role] = {
+                e - begin if e >= 0 else e: self.local(x) for e, x in layers.items() if e < 0 or begin <= e < end
+            }
         stored = next(x for e, x in roles["down"].items() if e < 0 or begin <= e < end)
         return here, end - begin, stored
 
