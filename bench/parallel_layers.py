@@ -179,7 +179,7 @@ class Everywhere:
 
     def __call__(self, x: Tensor) -> Tensor:
         floor = self.mlp.first.numerics.act_floor
-        return self.second.quantized(ops.swiglu_quantize(self.first(x), self.mlp.act.name, floor=floor))
+        return self.second.from_quantized(ops.swiglu_quantize(self.first(x), self.mlp.act.name, floor=floor))
 
 
 class Moe:

@@ -139,7 +139,7 @@ class RowParallelLinear(Linear):
         y = self.finish([self._start(self._partial(rows)) for rows in x.chunk(self.chunks)], x.dtype)
         return y if self.scatter else y.view(*lead, self.out_features)
 
-    def quantized(self, q: BlockScaled) -> Tensor:
+    def from_quantized(self, q: BlockScaled) -> Tensor:
         """The same for this rank's columns of an x that is quantized already (`swiglu_quantize`), in x's format.
 
         q: `[rows, k]` in layout "row" -> `[rows, N]` (or this rank's rows) in bf16. Only where no group is cut:

@@ -269,11 +269,10 @@ def _place(model: nn.Module, path: str, ours: nn.Module) -> None:
     model.set_submodule(path, ours.train(model.training))
 
 
-def fill(module: WeightModule, slots: list[Slot], names: Names, checkpoint: Checkpoint | Sharder) -> None:
+def fill(module: WeightModule, slots: list[Slot], names: Names, checkpoint: Checkpoint) -> None:
     """Put the stored bytes of `slots` into the module, under its final buffer names.
 
-    checkpoint: or what reads this rank's part of one. A matrix that is a whole module on a CPU stays on the mapped
-    file, without a copy.
+    A matrix that is a whole module on a CPU stays on the mapped file, without a copy.
     Raises CheckpointError for scales that cannot multiply, and when buffers were offloaded before they were filled.
     """
     ours = module.quantized

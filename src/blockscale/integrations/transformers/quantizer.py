@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -143,10 +143,11 @@ class BlockscaleQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
+            source = cast(Checkpoint, self.sharder or self.checkpoint)  # what `fill` wants of either is `load`
             for path, slots in self.bindings.slots.items():
                 module = model.get_submodule(path)
                 assert isinstance(module, WeightModule)
-                fill(module, slots, self.bindings.names[path], self.sharder or self.checkpoint)
+                fill(module, slots, self.bindings.names[path], source)
                 module.pack(model.dtype)
             if self.sharder is not None:
                 self.sharder.adapt(model, self.head)
