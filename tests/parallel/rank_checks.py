@@ -21,7 +21,6 @@ from blockscale.parallel.cuts import cut, shares
 from blockscale.parallel.piece import activation_group
 from blockscale.policy import model_policy
 
-_models = {}
 IDS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -90,27 +89,109 @@ def _absolute(w):
     return type(w)(data, w.scale, w.format, shape=w.shape, global_scale=w.global_scale)
 
 
-def model(world, folder, plan_options, numerics, exchange, dtype=torch.float32, ids=IDS):
-    """Logits of the model over the ranks, how many bytes were read, and the share."""
-    loaded = load(world, folder, plan_options, numerics, exchange, dtype)
-    with torch.no_grad():
-        logits = loaded(ids).logits
-    plain = sum(loaded.blockscale_rank.plan.plain_bytes(world.rank).values())
-    head = {n: b for n, b in loaded.blockscale_rank.plan.plain_bytes(world.rank).items() if "head" in n}
-    return logits.numpy(), loaded.blockscale_rank.bytes_read, loaded.blockscale_rank.share - plain + sum(head.values())
-
-
-def load(world, folder, plan_options, numerics, exchange, dtype=torch.float32):
+def load(world, folder, numerics, exchange, dtype=torch.float32, **plan_options):
     checkpoint = open_checkpoint(folder)
     policy = model_policy(numerics, checkpoint.config)
     plan = plan_sharding(checkpoint, world.size, world.ep, policy, **plan_options)
-    how = integration.Parallel(world, plan, exchange)
-    return integration.load(folder, dtype=dtype, numerics=numerics, parallel=how)
+    return integration.load(folder, dtype=dtype, numerics=numerics, parallel=integration.Parallel(world, plan, exchange))
+
+
+def logits(world, folder, numerics="reference", exchange="dispatch", **plan_options):
+    """Of the model over the ranks, and whether each of them read its own bytes and no others of the weights it cuts."""
+    model = load(world, folder, numerics, exchange, **plan_options)
+    source = model.blockscale_rank
+    heads = sum(source.plan.plain_bytes(world.rank)[name] for name in source.plan.plain)
+    with torch.no_grad():
+        return model(IDS).logits.numpy(), source.bytes_read, source.plan.layer_bytes(world.rank) + heads
+
+
+def tokens_of(world, folder, count):
+    """Greedy tokens, with a cache."""
+    model = load(world, folder, "reference", "dispatch", torch.bfloat16)
+    made = model.generate(IDS, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return made[0, IDS.shape[1] :].tolist()
+
+
+def modules(world, folder, numerics, exchange):
+    """Every layer on the input that it has in the whole model: columns bit for bit, sums within their bound.
+
+    Returns how many layers of each kind were compared, and the worst relative row error of those that sum over ranks.
+    """
+    whole = integration.load(folder, dtype=torch.float32, numerics=numerics)
+    spread = load(world, folder, numerics, exchange)
+    seen = {}
+    for name, module in whole.named_modules():
+        if isinstance(spread.get_submodule(name), (ColumnParallelLinear, RowParallelLinear, ParallelExperts)):
+            module.register_forward_hook(lambda m, args, result, name=name: seen.update({name: (args, result)}))
+    with torch.no_grad():
+        whole(IDS)
+        found, worst = {}, 0.0
+        for name, (args, want) in sorted(seen.items()):
+            module = spread.get_submodule(name)
+            kind = type(module).__name__
+            found[kind] = found.get(kind, 0) + 1
+            if isinstance(module, ColumnParallelLinear):
+                begin = sum(module.widths[: world.rank])
+                mine = want if module.gather else want[..., begin : begin + module.out_features]
+                if module.gather or len(set(module.widths)) == 1 and sum(module.widths) == want.shape[-1]:
+                    assert torch.equal(module(*args), mine), name
+            elif isinstance(module, RowParallelLinear):
+                worst = max(worst, error(module(args[0][..., slice(*module.part.cols)]), want))
+            else:
+                got = module(*args)
+                if exchange == "dispatch" and world.inner.size == 1:
+                    assert torch.equal(got, want), name
+                worst = max(worst, error(got, want))
+    return found, worst
+
+
+def error(got, want):
+    """Of the worst row."""
+    got, want = got.flatten(0, -2), want.flatten(0, -2)
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)).max())
+
+
+def zero_tokens(world, experts, exchange):
+    """One token over all ranks: most have none, and some experts no row."""
+    gate_up = stack(experts, 256, 128, 5)
+    down = stack(experts, 128, 128, 6)
+    owners = shares(experts, world.size)
+    begin, end = owners[world.rank]
+    part = piece((128, 128), down.format)
+    some = [type(w)(w.data[begin:end], w.scale[begin:end], w.format) for w in (gate_up, down)]
+    layer = ParallelExperts(*some, outer=world.tp, inner=Group(), owners=owners, part=part, exchange=exchange)
+    whole = nn.Experts(gate_up, down)
+    for rows, chosen in ((1, [[0, experts - 1]]), (2, [[experts, experts], [1, experts]])):
+        x, index = tokens(rows, 128), torch.tensor(chosen)
+        weights = torch.full((rows, 2), 0.5)
+        assert torch.equal(layer(x, index, weights), whole(x, index, weights))
+
+
+def stack(experts, n, k, seed):
+    parts = [weight(n, k, "fp8_128x128", seed * 100 + e) for e in range(experts)]
+    data = torch.stack([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
+    return type(parts[0])(data, torch.stack([p.scale for p in parts]), parts[0].format)
+
+
+def compiled(world):
+    """A column and a row parallel layer under torch.compile, as one graph."""
+    first, second = weight(256, 128, "fp8_128x128", 7), weight(64, 256, "fp8_128x128", 8)
+    ranges = cut(256, world.size, 128)
+    rows = tuple((r,) for r in ranges)
+    part = piece((64, 256), second.format, cols=ranges, rank=world.rank, group=128)
+    column = ColumnParallelLinear(
+        take(first, piece((256, 128), first.format, rows=rows[world.rank])), group=world.tp, rows=rows
+    )
+    row = RowParallelLinear(take(second, part), group=world.tp, part=part)
+    x = tokens(3, 128)
+    made = torch.compile(lambda x: row(torch.relu(column(x))), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(made(x), row(torch.relu(column(x))))
 
 
 def mlp(world, chunks, numerics):
     """Tokens on all ranks: FP8 on the wire, sums scattered back."""
-    hidden, inner, each = 256, 512, 4
+    hidden, inner, each = 256, 128 * world.size, 4
     gate_up, down = weight(2 * inner, hidden, "fp8_128x128", 3), weight(hidden, inner, "fp8_128x128", 4)
     x = tokens(each * world.size, hidden, torch.bfloat16)
     whole = nn.Linear(gate_up, numerics=numerics)(x)

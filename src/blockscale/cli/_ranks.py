@@ -53,7 +53,7 @@ def shared(
 def default_groups(checkpoint: Path, ranks: int) -> int:
     """Every rank a group of its own where there are experts enough, else the most groups that divide the ranks."""
     from ..checkpoint import open_checkpoint
-    from ..parallel.plan import count_experts
+    from ..parallel.planner import count_experts
 
     experts = count_experts(open_checkpoint(checkpoint))
     return max(groups for groups in range(1, ranks + 1) if ranks % groups == 0 and groups <= max(1, experts))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.summary import summarize
+from ..parallel.planner import plan_sharding
+from ..parallel.summary import summarize as summarize_plan
+from ..policy import model_policy
 from ._output import console, print_json
 
 
@@ -18,9 +23,19 @@ def register(app: typer.Typer) -> None:
     def command(
         checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.")],
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        tp: Annotated[int | None, typer.Option(min=1, help="Plan for so many ranks: who holds what.")] = None,
+        ep: Annotated[int, typer.Option(min=1, help="Of the plan: groups of ranks that hold whole experts.")] = 1,
+        numerics: Annotated[str, typer.Option(help="Of the plan: whose activation groups count.")] = "reference",
     ) -> None:
-        """Formats, scale dtypes, ragged shapes and sizes. Reads headers only; exit 2 when something does not fit."""
-        summary = summarize(open_checkpoint(checkpoint))
+        """Formats, scale dtypes, ragged shapes and sizes. Reads headers only; exit 2 when something does not fit.
+
+        --tp 8 --ep 4: the sharding plan and the bytes of each rank, or why there is none.
+        """
+        found = open_checkpoint(checkpoint)
+        summary = summarize(found)
+        if tp is not None or ep > 1:
+            policy = model_policy(numerics, found.config)
+            summary["plan"] = summarize_plan(plan_sharding(found, tp or ep, ep, policy))
         if as_json:
             print_json(summary)
         else:
@@ -47,6 +62,28 @@ def _show(summary: dict[str, Any]) -> None:
     for dtype, row in summary["plain"].items():
         plain.add_row(dtype, str(row["tensors"]), _size(row["bytes"]))
     out.print(plain)
+    if "plan" in summary:
+        _show_plan(out, summary["plan"])
+
+
+def _show_plan(out: Console, plan: dict[str, Any]) -> None:
+    table = Table("weight", "layers", "stored", "held", "on each rank", "inside blocks", title="sharding plan")
+    for row in plan["rows"]:
+        inside = [f"as {', '.join(row['part_formats'])}"] if row["part_formats"] else []
+        inside += [f"{row['cut_groups']} activation groups on two ranks"] if row["cut_groups"] else []
+        held = f"{row['kind']} ({row['reason']})" if row["reason"] else row["kind"]
+        stored = f"{row['format']} {' x '.join(map(str, row['shape']))}"
+        parts = f"{row['cut']} {_runs(row['parts'])}" if row["parts"] else "whole" if row["kind"] != "unused" else "-"
+        table.add_row(row["name"], str(row["layers"]), stored, held, parts, "; ".join(inside))
+    out.print(table)
+    sizes = ", ".join(f"{rank}: {_size(n)}" for rank, n in enumerate(plan["bytes"]))
+    out.print(f"bytes a rank ({_size(plan['replicated_bytes'])} of them on every rank): {sizes}", highlight=False)
+
+
+def _runs(sizes: list[int]) -> str:
+    """8, 8, 8, 4 -> "3 x 8, 4"."""
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)
 
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Table:

@@ -77,8 +77,10 @@ def run(
     else:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
     text = _Text(tokenizer, stream)
-    timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
-    text.end()
+    try:
+        timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
+    finally:
+        text.end()
     return {
         "text": text.whole,
         "prompt_tokens": timing.prompt_tokens,

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m blockscale run CKPT "prompt"
 
-1. `plan_sharding` says, from headers alone, which rank holds which part of which tensor (`plan`, `families`, `cuts`).
+1. `plan_sharding` says, from headers alone, which rank holds which part of which tensor (`plan`, `planner`, `families`, `cuts`).
 2. `RankCheckpoint` reads exactly those bytes; `piece` makes a part a weight of its own, also where the cut falls inside
    a scale block or an activation group: no value changes, nothing is requantized, no kernel has to know.
 3. `ColumnParallelLinear`, `RowParallelLinear`, `ParallelExperts` and `ColumnParallelDense` run on the parts.
@@ -25,7 +25,8 @@ from .linear import ColumnParallelDense, ColumnParallelLinear, RowParallelLinear
 from .load import RankCheckpoint
 from .mlp import ParallelMLP
 from .piece import Piece, piece, take
-from .plan import ShardingPlan, Split, plan_sharding
+from .plan import ShardingPlan, Split
+from .planner import plan_sharding
 from .wire import Wire, wire_of
 from .world import World, joined, started
 

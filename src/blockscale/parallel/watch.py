@@ -8,6 +8,8 @@ cannot tell: NCCL waits for a dead peer as for a slow one.
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import threading
 import time
@@ -36,18 +38,29 @@ class Watch:
         self._give_up = give_up or self._leave
         self._beats = [(b"", time.monotonic())] * size
         self._stop = threading.Event()
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="blockscale-watch", daemon=True)
 
     def start(self) -> None:
+        """From the main thread: torchrun's SIGTERM, which it sends when another rank has ended, goes to the thread.
+
+        The main thread may be inside a collective, where no Python handler runs; the wake-up byte is written anyway.
+        """
         self._beat(0)
+        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._wakeup = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; the others shall not miss this rank."""
         if not self._stop.is_set():
             self._stop.set()
+            os.write(self._waker, b"\0")
             self._thread.join(4 * BEAT)
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, self._handler)
             with self._lock:
                 self.store.set(f"{_DONE}/{self.rank}", b"1")
 
@@ -72,14 +85,17 @@ class Watch:
             if found:
                 return found
             time.sleep(BEAT / 2)
-        return f"rank {self.rank} of {self.size}: {type(error).__name__}: {error}"
+        return f"rank {self.rank} of {self.size}: {error}"
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         count = 0
-        while not self._stop.wait(BEAT):
+        while not self._stop.is_set():
             count += 1
+            if select.select([self._woken], [], [], BEAT)[0] and signal.SIGTERM in os.read(self._woken, 64):
+                self._give_up(self.cause(RuntimeError("ended by torchrun (SIGTERM)")))
+                return
             try:
                 self._beat(count)
                 found = self._look(self.timeout)
@@ -114,10 +130,11 @@ class Watch:
     def _leave(self, message: str) -> None:
         """The main thread may be inside a collective that never returns: end the process from here."""
         if speaks(self.rank, message):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)  # a line of its own, whatever was being printed
         os._exit(2)
 
 
 def speaks(rank: int, message: str) -> bool:
-    """Whether this rank prints a message: rank 0, or rank 1 when it is about rank 0, or any rank about itself."""
-    return rank == 0 or message.startswith(f"rank {rank} ") or (rank == 1 and message.startswith("rank 0 "))
+    """Whether this rank prints a message: rank 0, rank 1 when it is about rank 0, a rank of another host about itself."""
+    about = message.startswith
+    return rank == 0 or (rank == 1 and about("rank 0 ")) or (about(f"rank {rank} ") and os.environ.get("GROUP_RANK") != "0")

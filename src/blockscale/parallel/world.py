@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -75,7 +73,6 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
     if kind != "cpu":
         torch.get_device_module(kind).set_device(here)
     watch = Watch(store.clone(), rank, size, timeout)
-    before = signal.signal(signal.SIGTERM, _terminated)
     watch.start()
     try:
         groups = ep if isinstance(ep, int) else ep(size)
@@ -95,8 +92,6 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
         _exit(130)
     except Exception as e:
         _fail(watch, e)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _groups(kind: str, ep: int, size: int) -> tuple[Group, Group, Group]:
@@ -107,14 +102,8 @@ def _groups(kind: str, ep: int, size: int) -> tuple[Group, Group, Group]:
     return everyone, Group(mesh.get_group("experts")), Group(mesh.get_group("slices"))
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another rank has ended: find out why first
-    raise RankError("ended by torchrun")
-
-
 def _fail(watch: Watch, error: Exception) -> None:
     """Report, print once, and end. An error of ours stands; a failed collective is the echo of another rank's end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     message = None
     try:
         if isinstance(error, (BlockscaleError, OSError)) and not isinstance(error, RankError):
