@@ -19,12 +19,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import parallel_checks
+from blockscale.errors import BlockscaleError
 from blockscale.parallel import Group, World, joined
+from blockscale.parallel.direct import DirectGroup
 from parallel_fit import Layer, Link, fit_link
-from parallel_layers import DEEPSEEK, TINY, Attention, Mlp, Moe, Sizes, tokens
+from parallel_layers import DEEPSEEK, TINY, Attention, Everywhere, Mlp, Moe, Sizes, tokens
 
 NUMERICS = "deepseek_v3"
 SOLO = Group()
@@ -54,19 +57,25 @@ class Bench:
         if self.world.speaks and self.out is not None:
             (self.out / "parallel.json").write_text(json.dumps(self.rows, indent=1))
 
-    def us(self, calls: dict[str, Callable[[], object]], *, graphs: bool = True, rounds: int = 12) -> dict[str, float]:
-        """Median microseconds of each call over alternating rounds; every rank makes all of them, the slowest counts."""
-        ready = {name: self._ready(call, graphs) for name, call in calls.items()}
+    def us(
+        self, calls: dict[str, Callable[[], object]], *, graphs: bool = True, rounds: int = 12, repeat: int = 1
+    ) -> dict[str, float]:
+        """Median microseconds of each call over alternating rounds; every rank makes all of them, the slowest counts.
+
+        repeat: calls in one graph, as a model has many layers: ranks do not start a graph in the same microsecond.
+        """
+        repeat = repeat if self.gpu and graphs else 1
+        ready = {name: self._ready(call, graphs, repeat) for name, call in calls.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds if self.gpu else 2):
             for name, call in ready.items():
                 self.world.tp.all_reduce(torch.zeros(1, device=self.device))
-                times[name].append(self._once(call))
+                times[name].append(self._once(call) / repeat)
         mine = torch.tensor([statistics.median(times[name]) for name in calls], device=self.device)
         slowest = self.world.tp.all_reduce(mine, "max").tolist()
         return dict(zip(calls, slowest, strict=True))
 
-    def _ready(self, call: Callable[[], object], graphs: bool) -> Callable[[], object]:
+    def _ready(self, call: Callable[[], object], graphs: bool, repeat: int) -> Callable[[], object]:
         for _ in range(2):
             call()
         if not (self.gpu and graphs):
@@ -75,7 +84,8 @@ class Bench:
         captured = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(captured, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events
-                call()
+                for _ in range(repeat):
+                    call()
         except RuntimeError as e:
             self.say("NOT captured, timed eagerly:", str(e).splitlines()[0])
             torch.cuda.synchronize()
@@ -103,7 +113,7 @@ def collectives(b: Bench) -> Link:
     for size in sizes:
         x = torch.zeros(size // 4, device=b.device)
         calls[str(size)] = lambda x=x: b.world.tp.all_reduce(x)
-    found = b.us(calls)
+    found = b.us(calls, repeat=10)
     link = fit_link([(float(size), us) for size, us in found.items()], b.world.size, 2)
     b.keep("all_reduce_us", found)
     b.keep("link", {"latency_us": link.latency_us, "gb_s": link.bytes_per_us / 1e3})
@@ -112,9 +122,34 @@ def collectives(b: Bench) -> Link:
     return link
 
 
-def decode(b: Bench, attention: Attention, mlp: Mlp) -> list[Layer]:
-    """All ranks hold all tokens; two all-reduces a layer, in one CUDA graph."""
+def direct(b: Bench) -> Group | None:
+    """Sums through each other's memory, and what they cost; None where that is not to be had."""
+    if not b.gpu or b.world.size != 2:
+        return None
+    try:
+        group = DirectGroup(dist.group.WORLD, b.device)
+    except BlockscaleError as e:
+        b.say("no direct sums:", e)
+        return None
+    x = torch.randn(64, b.s.hidden, device=b.device, generator=torch.Generator(b.device).manual_seed(b.world.rank))
+    want = b.world.tp.all_reduce(x)
+    got = group.wait(group.start_sum_in_place(x.clone()))
+    if not torch.equal(got, want):
+        raise RuntimeError("direct sums differ from NCCL's")
+    found = b.us(
+        {f"{m} tokens": lambda x=x[:m]: group.wait(group.start_sum_in_place(x)) for m in b.s.decode}, repeat=10
+    )
+    b.say("direct sums us:", _show(found))
+    b.keep("direct_us", found)
+    return group
+
+
+def decode(b: Bench, attention: Attention, mlp: Mlp, through: Group | None) -> list[Layer]:
+    """All ranks hold all tokens; two all-reduces a layer, eight layers in one CUDA graph."""
     w, s, rows, layers = b.world, b.s, {}, []
+    nearby = None
+    if through is not None:
+        nearby = attention.spread(w, through, tokens_split=False), mlp.tokens_everywhere(w.rank, w.size, through)
     spread = [attention.spread(w, group, tokens_split=False) for group in (w.tp, SOLO)]
     both = [mlp.tokens_everywhere(w.rank, w.size, group) for group in (w.tp, SOLO)]
     width = (spread[0].heads[1] - spread[0].heads[0]) * s.value
@@ -122,19 +157,21 @@ def decode(b: Bench, attention: Attention, mlp: Mlp) -> list[Layer]:
         x, inner = tokens(m, s.hidden, b.device), tokens(m, s.heads * s.value, b.device, 1)
         part = inner[:, :width].contiguous()
         sums = torch.zeros(m, s.hidden, device=b.device)
-        found = b.us(
-            {
-                "one": lambda: (attention.whole(x, inner), mlp.whole(x)),
-                "spread": lambda: (spread[0](x, part), both[0](x)),
-                "compute": lambda: (spread[1](x, part), both[1](x)),
-                "traffic": lambda: (w.tp.all_reduce(sums), w.tp.all_reduce(sums)),
-            },
-            rounds=30,
-        )
+        calls: dict[str, Callable[[], object]] = {
+            "one": lambda: (attention.whole(x, inner), mlp.whole(x)),
+            "spread": lambda: (spread[0](x, part), both[0](x)),
+            "compute": lambda: (spread[1](x, part), both[1](x)),
+            "traffic": lambda: (w.tp.all_reduce(sums), w.tp.all_reduce(sums)),
+        }
+        if nearby is not None:
+            calls["spread, direct sums"] = lambda: (nearby[0](x, part), nearby[1](x))
+        found = b.us(calls, rounds=15, repeat=8)
         rows[m] = found | {"speedup": found["one"] / found["spread"]}
+        if nearby is not None:
+            rows[m]["speedup, direct sums"] = found["one"] / found["spread, direct sums"]
         layers.append(Layer(f"decode M={m}", found["one"], found["compute"], ((4.0 * m * s.hidden, 2),) * 2))
         b.say(f"decode M={m}:", _show(rows[m]))
-        b.keep("decode", rows)
+        b.keep("decode" if nearby is None else "decode, direct sums", rows)
     return layers
 
 
@@ -149,18 +186,30 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp) -> list[Layer]:
     split = {c: mlp.tokens_split(w.rank, w.size, w.tp, c) for c in (1, 2, 4)}
     everywhere = {c: mlp.tokens_everywhere(w.rank, w.size, w.tp, c) for c in (1, 4)}
     alone = mlp.tokens_everywhere(w.rank, w.size, SOLO)
-    half = spread[1]
+    half, first = spread[1], split[1].gate_up
+    latent, every = tokens(t, s.q_rank, b.device), tokens(t, s.kv_rank, b.device)
     calls: dict[str, Callable[[], object]] = {
         "mlp one": lambda: mlp.whole(x),
         "attention one": lambda: attention.whole(x, inner),
         "mlp compute": lambda: alone(x),
         "attention spread, 1 chunks": lambda: spread[0](mine, part),
         "attention spread, 4 chunks": lambda: in_chunks(mine, part),
-        "attention compute": lambda: (half.latent["q_a"](mine), half.latent["kv_a"](mine), half.o(part)),
+        "attention compute": lambda: (
+            half.latent["q_a"](mine),
+            half.latent["kv_a"](mine),
+            half.q_b(latent),
+            half.kv_b(every),
+            half.o(part),
+        ),  # fmt: skip
     }
     calls |= {f"mlp tokens split, {c} chunks": lambda c=c: split[c](mine) for c in split}
     calls |= {f"mlp all-reduce, {c} chunks": lambda c=c: everywhere[c](x) for c in everywhere}
-    found = b.us(calls)
+    calls["bf16 sums instead"] = lambda: alone_in_bf16(alone, w.tp, x)
+    calls["traffic, 1 chunks"] = lambda: (
+        [w.tp.wait(p) for p in first.start_gather(mine)],
+        w.tp.reduce_scatter(torch.empty(t, s.hidden, device=b.device)),
+    )
+    found = b.us(calls, repeat=2)
     best = min((n for n in found if n.startswith("mlp tokens")), key=found.__getitem__)
     attended = min((n for n in found if n.startswith("attention spread")), key=found.__getitem__)
     total = {
@@ -176,6 +225,11 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp) -> list[Layer]:
     b.keep("prefill", {"tokens": t, "parts_us": found, **total})
     traffic = ((t * s.hidden * (1 + 4 / 128), 1), (4.0 * t * s.hidden, 1))
     return [Layer(f"prefill MLP T={t}", found["mlp one"], found["mlp compute"], traffic)]
+
+
+def alone_in_bf16(half: Everywhere, group: Group, x: Tensor) -> Tensor:
+    """What rounding partial sums to bf16 before they are added would give: other numerics, half the traffic."""
+    return group.wait(group.start_reduce_scatter(half(x)))
 
 
 def wire(b: Bench, mlp: Mlp) -> None:
@@ -196,7 +250,8 @@ def wire(b: Bench, mlp: Mlp) -> None:
                 "bf16 gather": lambda x=mine: w.tp.all_gather(x),
                 "fp8 gather + linear": lambda x=mine: first(x),
                 "bf16 gather + linear": lambda x=mine: plain(w.tp.all_gather(x)),
-            }
+            },
+            repeat=4,
         )
         rows[t] = found
         b.say(f"wire T={t}:", _show(found))
@@ -221,10 +276,11 @@ def experts(b: Bench) -> None:
                 "reduce": lambda: spread["reduce"](x, index, weights),
             },
             rounds=8,
+            repeat=2,
         )
         found |= b.us({"one eager": lambda: moe.whole(x, index, weights)}, graphs=False, rounds=5)
         found |= b.us({"dispatch": lambda: spread["dispatch"](x, index, weights)}, graphs=False, rounds=5)
-        found["traffic of reduce"] = b.us({"t": lambda x=x: w.tp.all_reduce(x.float())})["t"]
+        found["traffic of reduce"] = b.us({"t": lambda x=x: w.tp.all_reduce(x.float())}, repeat=4)["t"]
         rows[t] = found | {
             "speedup reduce": found["one"] / found["reduce"],
             "speedup dispatch": found["one eager"] / found["dispatch"],
@@ -258,7 +314,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    with joined(options.device, timeout=120) as world, torch.inference_mode():
+    with joined(options.device, timeout=45) as world, torch.inference_mode():
         b = Bench(world, TINY if options.tiny else DEEPSEEK, options.out, options.budget)
         name = torch.cuda.get_device_name() if b.gpu else "cpu"
         b.keep("machine", {"device": name, "ranks": world.size, "torch": torch.__version__})
@@ -266,14 +322,16 @@ def main() -> None:
         b.keep("conformance", parallel_checks.layers(world, b.say))
         link = collectives(b)
         attention, mlp = Attention(b.s, b.device, NUMERICS), Mlp(b.s, b.device, NUMERICS)
-        measured = decode(b, attention, mlp)
+        measured = decode(b, attention, mlp, None)
         measured += prefill(b, attention, mlp)
         project(b, measured, link)
         if b.left() > 20:
             wire(b, mlp)
-        del attention, mlp
         if b.left() > 30:
             experts(b)
+        through = direct(b) if b.left() > 15 else None
+        if through is not None:
+            decode(b, attention, mlp, through)
         b.say("done")
 
 

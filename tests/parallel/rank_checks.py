@@ -93,7 +93,9 @@ def load(world, folder, numerics, exchange, dtype=torch.float32, **plan_options)
     checkpoint = open_checkpoint(folder)
     policy = model_policy(numerics, checkpoint.config)
     plan = plan_sharding(checkpoint, world.size, world.ep, policy, **plan_options)
-    return integration.load(folder, dtype=dtype, numerics=numerics, parallel=integration.Parallel(world, plan, exchange))
+    return integration.load(
+        folder, dtype=dtype, numerics=numerics, parallel=integration.Parallel(world, plan, exchange)
+    )
 
 
 def logits(world, folder, numerics="reference", exchange="dispatch", **plan_options):

@@ -53,7 +53,9 @@ def test_fused_rows_and_stacks():
     assert torch.equal(reference.dequantize(got), torch.cat([whole[:, 48:96], whole[:, 240:288]], 1))
 
 
-@pytest.mark.parametrize(("size", "ranks", "groups"), [(320, 8, (0, 1, 2)), (192, 4, (0, 1)), (512, 4, ()), (1024, 3, (2, 5))])
+@pytest.mark.parametrize(
+    ("size", "ranks", "groups"), [(320, 8, (0, 1, 2)), (192, 4, (0, 1)), (512, 4, ()), (1024, 3, (2, 5))]
+)
 def test_every_rank_names_the_same_cut_groups(size, ranks, groups):
     cols = cut(size, ranks, 128)
     parts = [piece((64, size), get_format("fp8_128x128"), cols=cols, rank=r, group=128) for r in range(ranks)]

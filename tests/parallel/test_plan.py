@@ -24,7 +24,9 @@ def rows(plan):
 def test_v3_over_two_ranks_is_cut_at_heads_and_groups(folders):
     plan = plan_sharding(open_checkpoint(folders["v3"]), 2, 2)
     found = rows(plan)
-    held = {name.removeprefix("model.layers.*."): (row["kind"], row["cut"], row["parts"]) for name, row in found.items()}
+    held = {
+        name.removeprefix("model.layers.*."): (row["kind"], row["cut"], row["parts"]) for name, row in found.items()
+    }
     assert held["self_attn.q_b_proj"] == ("column", "N", [192, 192])
     assert held["self_attn.o_proj"] == ("row", "K", [128, 128])
     assert held["self_attn.kv_a_proj_with_mqa"] == ("replicated", "", [])
@@ -67,7 +69,9 @@ def test_v4_is_cut_at_groups_of_heads(folders):
     assert plan.splits["layers.1.attn.indexer.wq_b"].kind == "gathered"
 
 
-@pytest.mark.parametrize(("name", "tp", "ep"), [("v3", 3, 3), ("v3", 8, 2), ("v4", 4, 2), ("qwen3", 8, 8), ("qwen3", 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "tp", "ep"), [("v3", 3, 3), ("v3", 8, 2), ("v4", 4, 2), ("qwen3", 8, 8), ("qwen3", 2, 1)]
+)
 def test_every_rank_reads_its_share_and_no_more(folders, name, tp, ep):
     checkpoint = open_checkpoint(folders[name])
     plan = plan_sharding(checkpoint, tp, ep)

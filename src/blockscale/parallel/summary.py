@@ -28,7 +28,9 @@ def summarize(plan: ShardingPlan) -> dict[str, Any]:
     for key, row in rows.items():
         row["layers"] = counts[key]
     found = sorted(rows.values(), key=lambda row: (row["kind"] == "unused", row["name"]))
-    plain = [info.name for info in plan.checkpoint.plain if info.name not in plan.unread and info.name not in plan.plain]
+    plain = [
+        info.name for info in plan.checkpoint.plain if info.name not in plan.unread and info.name not in plan.plain
+    ]
     tensors = plan.checkpoint.tensors
     whole = sum(tensors[name].nbytes for name in plain)
     for layer in plan.checkpoint.layers:
@@ -46,7 +48,9 @@ def summarize(plan: ShardingPlan) -> dict[str, Any]:
 def _row(plan: ShardingPlan, layer: StoredLayer, split: Split, name: str) -> dict[str, Any]:
     cut, parts, formats, groups = "", list[int](), list[str](), 0
     if split.kind != "unused":
-        ranks = range(plan.tp) if split.owner is None else range(split.owner * plan.inner, (split.owner + 1) * plan.inner)
+        ranks = (
+            range(plan.tp) if split.owner is None else range(split.owner * plan.inner, (split.owner + 1) * plan.inner)
+        )
         pieces = [piece for rank in ranks if (piece := plan.piece(layer, rank)) is not None]
         if len(split.cols) > 1:
             cut, parts = "K", [piece.cols[1] - piece.cols[0] for piece in pieces]

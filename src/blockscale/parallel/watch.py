@@ -137,4 +137,8 @@ class Watch:
 def speaks(rank: int, message: str) -> bool:
     """Whether this rank prints a message: rank 0, rank 1 when it is about rank 0, a rank of another host about itself."""
     about = message.startswith
-    return rank == 0 or (rank == 1 and about("rank 0 ")) or (about(f"rank {rank} ") and os.environ.get("GROUP_RANK") != "0")
+    return (
+        rank == 0
+        or (rank == 1 and about("rank 0 "))
+        or (about(f"rank {rank} ") and os.environ.get("GROUP_RANK") != "0")
+    )
