@@ -10,7 +10,14 @@ from torch import Tensor
 
 from blockscale import nn, reference
 from blockscale.numerics import get_numerics
-from blockscale.parallel import ColumnParallelLinear, ParallelExperts, RowParallelLinear, World, piece, take
+from blockscale.parallel import (
+    ColumnParallelLinear,
+    ParallelExperts,
+    RowParallelLinear,
+    World,
+    piece,
+    take,
+)
 from blockscale.parallel.cuts import cut
 from blockscale.parallel.piece import activation_group
 from parallel_layers import Moe, random_weight, tokens
@@ -48,7 +55,14 @@ def _column(world: World, n: int, k: int, m: int, fmt: str, kernel: str | None) 
     want = nn.Linear(weight, numerics="deepseek_v3", kernel=kernel)(x)
     rows = tuple((r,) for r in cut(n, world.size, 128))
     part = take(weight, piece((n, k), weight.format, rows=rows[world.rank]))
-    layer = ColumnParallelLinear(part, group=world.tp, rows=rows, gather=True, numerics="deepseek_v3", kernel=kernel)
+    layer = ColumnParallelLinear(
+        part,
+        group=world.tp,
+        rows=rows,
+        gather=True,
+        numerics="deepseek_v3",
+        kernel=kernel,
+    )
     got, again = layer(x), layer(x)
     over = _over(got, want, x, weight)
     equal = bool(torch.equal(got, want))
@@ -83,7 +97,10 @@ def _over(got: Tensor, want: Tensor, x: Tensor, weight: Any) -> float:
 
 
 def experts(
-    world: World, moe: Moe, spread: Mapping[str, ParallelExperts], say: Callable[..., None]
+    world: World,
+    moe: Moe,
+    spread: Mapping[str, ParallelExperts],
+    say: Callable[..., None],
 ) -> list[dict[str, Any]]:
     """Both exchanges against the whole layer, one token (ranks without any) and many."""
     found = []
@@ -96,7 +113,12 @@ def experts(
             error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
             ok = error < 6e-3  # bf16 results of two matrices and a sum, worst row
             found.append(
-                {"what": f"experts {how} T={t}", "bit_equal": bool(torch.equal(got, want)), "row": error, "ok": ok}
+                {
+                    "what": f"experts {how} T={t}",
+                    "bit_equal": bool(torch.equal(got, want)),
+                    "row": error,
+                    "ok": ok,
+                }
             )
             say("conformance", found[-1])
             if not ok:

@@ -22,6 +22,8 @@ from blockscale.parallel import (
 from blockscale.parallel.cuts import cut, scaled, shares
 from blockscale.tensor import BlockScaled
 
+NUMERICS = "deepseek_v3"
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -65,7 +67,7 @@ def tokens(rows: int, k: int, device: torch.device, seed: int = 0) -> Tensor:
 
 
 class Attention:
-    """The projections of V3's attention. The attention between them is not ours and not timed: `o` gets a given input."""
+    """The projections of V3's attention. What lies between them is not ours and not timed: `o` gets a given input."""
 
     def __init__(self, s: Sizes, device: torch.device, numerics: str) -> None:
         self.s, self.numerics = s, numerics
@@ -97,7 +99,15 @@ class SpreadAttention:
     up while the next is multiplied, and what comes out of q_b and kv_b is in the order of the tokens.
     """
 
-    def __init__(self, whole: Attention, rank: int, size: int, group: Group, split: bool, chunks: int) -> None:
+    def __init__(
+        self,
+        whole: Attention,
+        rank: int,
+        size: int,
+        group: Group,
+        split: bool,
+        chunks: int,
+    ) -> None:
         s, weights = whole.s, whole.weights
         self.s, self.latent, self.chunks = s, whole.layers, chunks
         heads = shares(s.heads, size)
@@ -110,16 +120,27 @@ class SpreadAttention:
             rows = rows if group.size > 1 else (rows[rank],)
             return ColumnParallelLinear(part, group=group, rows=rows, rows_of_x=split, numerics=whole.numerics)
 
-        self.q_b, self.kv_b = column("q_b", s.nope + s.rope), column("kv_b", s.nope + s.value)
+        self.q_b, self.kv_b = (
+            column("q_b", s.nope + s.rope),
+            column("kv_b", s.nope + s.value),
+        )
         w, cols = weights["o"], scaled(heads, s.value)
         part = piece(w.shape[-2:], w.format, cols=cols, rank=rank, group=128)
         self.o = RowParallelLinear(
-            take(w, part), group=group, part=part, scatter=split, chunks=chunks, numerics=whole.numerics
+            take(w, part),
+            group=group,
+            part=part,
+            scatter=split,
+            chunks=chunks,
+            numerics=whole.numerics,
         )
 
     def __call__(self, x: Tensor, inner: Tensor) -> Tensor:
         """x: this rank's tokens, or all. inner: `[T, heads here * value]`."""
-        q, kv = self.latent["q_a"](x), self.latent["kv_a"](x)[:, : self.s.kv_rank].contiguous()
+        q, kv = (
+            self.latent["q_a"](x),
+            self.latent["kv_a"](x)[:, : self.s.kv_rank].contiguous(),
+        )
         if self.q_b.rows_of_x:
             sent = [(layer, layer.start_gather(part)) for layer, latent in ((self.q_b, q), (self.kv_b, kv))
                     for part in latent.chunk(self.chunks)]  # fmt: skip
@@ -160,7 +181,12 @@ class Mlp:
         return (
             ColumnParallelLinear(first, group=group, rows=rows, rows_of_x=split, numerics=self.numerics),
             RowParallelLinear(
-                take(self.down, part), group=group, part=part, scatter=split, chunks=chunks, numerics=self.numerics
+                take(self.down, part),
+                group=group,
+                part=part,
+                scatter=split,
+                chunks=chunks,
+                numerics=self.numerics,
             ),
         )
 

@@ -1,5 +1,7 @@
 """What every rank does in the tests of `blockscale.parallel`."""
 
+from functools import partial
+
 import torch
 
 from blockscale import nn, reference
@@ -121,10 +123,11 @@ def modules(world, folder, numerics, exchange):
     """
     whole = integration.load(folder, dtype=torch.float32, numerics=numerics)
     spread = load(world, folder, numerics, exchange)
-    seen = {}
-    for name, module in whole.named_modules():
-        if isinstance(spread.get_submodule(name), (ColumnParallelLinear, RowParallelLinear, ParallelExperts)):
-            module.register_forward_hook(lambda m, args, result, name=name: seen.update({name: (args, result)}))
+    source, seen = spread.blockscale_rank, {}
+    for name, module in spread.named_modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, ParallelExperts)):
+            hook = partial(_note, seen, name)
+            whole.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
         whole(IDS)
         found, worst = {}, 0.0
@@ -133,10 +136,10 @@ def modules(world, folder, numerics, exchange):
             kind = type(module).__name__
             found[kind] = found.get(kind, 0) + 1
             if isinstance(module, ColumnParallelLinear):
-                begin = sum(module.widths[: world.rank])
-                mine = want if module.gather else want[..., begin : begin + module.out_features]
-                if module.gather or len(set(module.widths)) == 1 and sum(module.widths) == want.shape[-1]:
-                    assert torch.equal(module(*args), mine), name
+                layer = next(slot.layer for slot in spread.hf_quantizer.bindings.slots[name])
+                split = source.plan.splits[layer.name]
+                mine = torch.cat([want[..., b:e] for b, e in split.rows[world.rank]], -1)
+                assert torch.equal(module(*args), want if module.gather else mine), name
             elif isinstance(module, RowParallelLinear):
                 worst = max(worst, error(module(args[0][..., slice(*module.part.cols)]), want))
             else:
@@ -145,6 +148,10 @@ def modules(world, folder, numerics, exchange):
                     assert torch.equal(got, want), name
                 worst = max(worst, error(got, want))
     return found, worst
+
+
+def _note(seen, name, module, args, result):
+    seen[name] = (args, result)
 
 
 def error(got, want):

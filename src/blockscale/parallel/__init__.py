@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m blockscale run CKPT "prompt"
 
-1. `plan_sharding` says, from headers alone, which rank holds which part of which tensor (`plan`, `planner`, `families`, `cuts`).
+1. `plan_sharding` says, from headers alone, which rank holds which part of which tensor: `plan` is
+   the data, `planner`, `families` and `cuts` make it.
 2. `RankCheckpoint` reads exactly those bytes; `piece` makes a part a weight of its own, also where the cut falls inside
    a scale block or an activation group: no value changes, nothing is requantized, no kernel has to know.
 3. `ColumnParallelLinear`, `RowParallelLinear`, `ParallelExperts` and `ColumnParallelDense` run on the parts.

@@ -40,7 +40,8 @@ def cut(size: int, ranks: int, block: int) -> tuple[Range, ...]:
 
 
 def _largest(size: int, ranks: int, grain: int) -> int:
-    return -(-(-(-size // grain)) // ranks) * grain
+    blocks = -(-size // grain)
+    return -(-blocks // ranks) * grain
 
 
 def shares(count: int, ranks: int) -> tuple[Range, ...]:

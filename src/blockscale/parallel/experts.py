@@ -93,7 +93,7 @@ class ParallelExperts(Experts):
         return self._combine(contributions, weights, x.dtype)
 
     def _send_rows(self, x: Tensor, token: Tensor, travel: Any) -> Tensor:
-        """The rows at their experts, in x's dtype. Powers of two as scales: dequantizing for the trip's end is exact."""
+        """The rows at their experts, in x's dtype. With powers of two as scales, dequantizing them is exact."""
         fmt = self.wire.format
         if fmt is None or x.dtype == torch.float16:  # fp16 lacks the exponents of some products
             rows: Tensor = travel(x[token])

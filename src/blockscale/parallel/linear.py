@@ -195,7 +195,7 @@ def split_rows(q: BlockScaled, chunks: int) -> list[BlockScaled]:
 
 
 def add_guards(x: Tensor, part: Piece, group: Group) -> Tensor:
-    """`x: [rows, k]` with the guard columns of `part`: see `piece`. Agrees with the other ranks where groups are cut."""
+    """`x: [rows, k]` with the guard columns of `part` (see `piece`), agreed on with the other ranks."""
     front, back = part.guarded()
     if part.cut and x.shape[0]:
         agreed = group.all_reduce(_magnitudes(x, part), "max").to(x.dtype)

@@ -135,7 +135,7 @@ class Watch:
 
 
 def speaks(rank: int, message: str) -> bool:
-    """Whether this rank prints a message: rank 0, rank 1 when it is about rank 0, a rank of another host about itself."""
+    """Whether this rank prints a message: rank 0, rank 1 if it is about rank 0, a rank of another host about itself."""
     about = message.startswith
     return (
         rank == 0

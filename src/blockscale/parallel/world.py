@@ -21,7 +21,7 @@ from .watch import Watch, speaks
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 """torch.distributed's backend for each kind of device."""
 COLLECTIVE = 10
-"""A collective may wait this many times the timeout: ranks load at their own speed, and a rank that lives is waited for."""
+"""A collective may wait this many times the timeout: ranks load at their own speed, and who lives is waited for."""
 
 
 @dataclass(frozen=True)
