@@ -36,7 +36,7 @@ class DirectGroup(Group):
 
         try:
             self._buffer = symmetric.empty(LARGEST // 4, dtype=torch.float32, device=device)
-            symmetric.rendezvous(self._buffer, self.name)
+            symmetric.rendezvous(self._buffer, group)
         except RuntimeError as e:
             raise BlockscaleError(f"direct sums: torch cannot share memory between the two devices: {e}") from e
 

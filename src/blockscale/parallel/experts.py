@@ -13,7 +13,8 @@ count is exchanged and the host waits for nothing, so it fits a CUDA graph; for 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class ParallelExperts(Experts):
         contributions[order] = back
         return self._combine(contributions, weights, x.dtype)
 
-    def _send_rows(self, x: Tensor, token: Tensor, travel: Any) -> Tensor:
+    def _send_rows(self, x: Tensor, token: Tensor, travel: Callable[[Tensor], Tensor]) -> Tensor:
         """The rows at their experts, in x's dtype. With powers of two as scales, dequantizing them is exact."""
         fmt = self.wire.format
         if fmt is None or x.dtype == torch.float16:  # fp16 lacks the exponents of some products
@@ -149,7 +150,7 @@ class ParallelExperts(Experts):
             gate_up = torch.cat([self.gate(rows, offsets), self.up(rows, offsets)], -1)
         hidden = reference.swiglu(gate_up, self.limit, weight)
         if self.inner.size == 1:
-            return self.down(hidden, offsets)
+            return cast(Tensor, self.down(hidden, offsets))
         return _partial(self.down, add_guards(hidden, self.part, self.inner), offsets)
 
     def extra_repr(self) -> str:

@@ -79,7 +79,8 @@ def attention(
     if not isinstance(heads, int):
         return "the config has no num_attention_heads"
     if "o_b_proj" in shapes and "o_a_proj" in shapes:
-        count, columns, row = config.get("o_groups", 0), ("q_b_proj", "o_a_proj"), "o_b_proj"
+        count, row = config.get("o_groups", 0), "o_b_proj"
+        columns: tuple[str, ...] = ("q_b_proj", "o_a_proj")
     elif "kv_b_proj" in shapes:
         query = "q_b_proj" if "q_b_proj" in shapes else "q_proj"
         count, columns, row = heads, (query, "kv_b_proj"), "o_proj"

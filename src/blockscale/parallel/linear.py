@@ -204,8 +204,10 @@ def add_guards(x: Tensor, part: Piece, group: Group) -> Tensor:
     rows = x.shape[0]
     beside = []
     for columns, at in ((part.front, front), (part.back, back)):
-        filled = at is not None and rows > 0
-        beside.append(agreed[:, at : at + 1].expand(rows, columns) if filled else x.new_zeros(rows, columns))
+        if at is None or rows == 0:
+            beside.append(x.new_zeros(rows, columns))
+        else:
+            beside.append(agreed[:, at : at + 1].expand(rows, columns))
     return torch.cat([beside[0], x, beside[1]], -1)
 
 
@@ -232,7 +234,7 @@ class BlockDiagonalPart(BlockDiagonalLinear):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         groups, _, k = self.shape
-        return super().forward(x.flatten(-2).unflatten(-1, (groups, k)))
+        return super().forward(x.reshape(*x.shape[:-2], groups, k))
 
 
 class ColumnParallelDense(DenseLinear):
@@ -246,7 +248,7 @@ class ColumnParallelDense(DenseLinear):
         """weight, bias: this rank's rows. ranges: of every rank."""
         self = cls(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
         self.group, self.widths = group, tuple(e - b for b, e in ranges)
         return self
 

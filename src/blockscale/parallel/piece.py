@@ -132,8 +132,9 @@ def piece(
         return Piece(shape, fmt, rows, (0, k), group=group, experts=experts)
     begin, end = cols[rank]
     block = fmt.block[1] or 1
+    cut: tuple[int, ...]
     if group is None:
-        unit, cut = block, (0,)
+        unit, cut = block, (0,)  # the one group is the row
     else:
         unit = math.lcm(group, block)
         cut = tuple(sorted({b // group for b, _ in cols if b % group}))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 BEAT = 0.5
 """Seconds between two signs of life."""
@@ -32,7 +32,7 @@ class Watch:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout: float, give_up: Callable[[str], None] | None = None
+        self, store: Store, rank: int, size: int, timeout: float, give_up: Callable[[str], None] | None = None
     ) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self._give_up = give_up or self._leave
@@ -62,7 +62,7 @@ class Watch:
             signal.set_wakeup_fd(self._wakeup)
             signal.signal(signal.SIGTERM, self._handler)
             with self._lock:
-                self.store.set(f"{_DONE}/{self.rank}", b"1")
+                self.store.set(f"{_DONE}/{self.rank}", "1")
 
     def report(self, message: str) -> None:
         """Tell the other ranks why this one ends; the first report stands."""

@@ -11,7 +11,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import BlockscaleError
 from .collectives import Group
@@ -68,7 +70,7 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
     kind = torch.device(device).type
     if kind not in BACKENDS:
         raise BlockscaleError(f"parallel: needs a device of {', '.join(BACKENDS)}, got {device!r}")
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
     if kind != "cpu":
         torch.get_device_module(kind).set_device(here)
@@ -79,7 +81,7 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
         if size % groups:
             raise PlanError(f"ep={groups} must divide the {size} ranks: experts lie in ep groups of equal size")
         dist.init_process_group(
-            BACKENDS[kind], store=dist.PrefixStore("blockscale", store), rank=rank, world_size=size,
+            BACKENDS[kind], store=PrefixStore("blockscale", store), rank=rank, world_size=size,
             timeout=timedelta(seconds=COLLECTIVE * timeout), device_id=None if kind == "cpu" else here,
         )  # fmt: skip
         yield World(rank, size, here, *_groups(kind, groups, size))
