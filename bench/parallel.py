@@ -22,6 +22,9 @@ from parallel_layers import DEEPSEEK, NUMERICS, TINY, Attention, Mlp
 from parallel_runs import decode, direct, experts, prefill, wire
 
 
+PARTS = ("conformance", "decode", "prefill", "wire", "experts", "direct")
+
+
 def collectives(b: Bench) -> Link:
     """All-reduce of fp32 over sizes; the fit that projections use."""
     sizes = [1 << p for p in (12, 15, 18, 21, 24, 27)] if b.gpu else [1 << 12, 1 << 16, 1 << 18]
@@ -29,6 +32,15 @@ def collectives(b: Bench) -> Link:
     for size in sizes:
         x = torch.zeros(size // 4, device=b.device)
         calls[str(size)] = lambda x=x: b.world.tp.all_reduce(x)
+    sums = torch.zeros(b.s.prefill, b.s.hidden, device=b.device)
+    rows = torch.zeros(b.s.prefill // b.world.size, b.s.hidden, device=b.device, dtype=torch.uint8)
+    layer = {
+        "reduce-scatter of a layer's fp32 sums": lambda: b.world.tp.reduce_scatter(sums),
+        "all-gather of its fp8 rows": lambda: b.world.tp.all_gather(rows),
+    }
+    found = b.us(layer, repeat=4)
+    b.keep("layer_us", found)
+    b.say("us:", show(found))
     found = b.us(calls, repeat=10)
     link = fit_link([(float(size), us) for size, us in found.items()], b.world.size, 2)
     b.keep("all_reduce_us", found)
@@ -62,26 +74,26 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=180)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     options = parser.parse_args()
+    parts = options.only.split(",")
     with joined(options.device, timeout=45) as world, torch.inference_mode():
         b = Bench(world, TINY if options.tiny else DEEPSEEK, options.out, options.budget)
         name = torch.cuda.get_device_name() if b.gpu else "cpu"
         b.keep("machine", {"device": name, "ranks": world.size, "torch": torch.__version__})
         b.say(name, "x", world.size, torch.__version__)
-        b.keep("conformance", parallel_checks.layers(world, b.say))
+        if "conformance" in parts:
+            b.keep("conformance", parallel_checks.layers(world, b.say))
         link = collectives(b)
-        attention, mlp = (
-            Attention(b.s, b.device, NUMERICS),
-            Mlp(b.s, b.device, NUMERICS),
-        )
-        measured = decode(b, attention, mlp, None)
-        measured += prefill(b, attention, mlp)
+        attention, mlp = Attention(b.s, b.device, NUMERICS), Mlp(b.s, b.device, NUMERICS)
+        measured = decode(b, attention, mlp, None) if "decode" in parts else []
+        measured += prefill(b, attention, mlp) if "prefill" in parts else []
         project(b, measured, link)
-        if b.left() > 20:
+        if "wire" in parts and b.left() > 20:
             wire(b, mlp)
-        if b.left() > 30:
+        if "experts" in parts and b.left() > 30:
             experts(b)
-        through = direct(b) if b.left() > 15 else None
+        through = direct(b) if "direct" in parts and b.left() > 15 else None
         if through is not None:
             decode(b, attention, mlp, through)
         b.say("done")
