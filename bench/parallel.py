@@ -21,7 +21,6 @@ from parallel_fit import Layer, Link, fit_link
 from parallel_layers import DEEPSEEK, NUMERICS, TINY, Attention, Mlp
 from parallel_runs import decode, direct, experts, prefill, wire
 
-
 PARTS = ("conformance", "decode", "prefill", "wire", "experts", "direct")
 
 

@@ -101,10 +101,12 @@ def test_tokens_on_all_ranks(ranks, numerics):
         assert quantized
 
 
+@pytest.mark.parametrize("ranks", [(2, 2)], indirect=True, ids=["2-ranks"])
 def test_one_graph_under_torch_compile(ranks):
     ranks.run("compiled")
 
 
+@pytest.mark.parametrize("ranks", [(3, 3)], indirect=True, ids=["3-ranks"])
 def test_it_generates_the_same_tokens_on_every_rank(ranks, folders):
     made = ranks.run("tokens_of", folders["qwen3"], 5)
     assert all(tokens == made[0] for tokens in made)
