@@ -60,8 +60,9 @@ def test_layers_of_a_model_equal_those_of_one_process(ranks, folders, name):
         assert worst < 2e-6
 
 
-@pytest.mark.parametrize("exchange", ["dispatch", "reduce"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "exchange"), [("v3", "dispatch"), ("v3", "reduce"), ("v4", "dispatch"), ("qwen3", "reduce")]
+)
 def test_a_model_equals_one_process(ranks, folders, name, exchange):
     """Weight-only, where a sum in another order stays a small difference: E4M3 would round some across an edge."""
     options = {"latents": "split"} if exchange == "reduce" else {}

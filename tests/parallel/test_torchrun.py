@@ -178,10 +178,9 @@ def on_nodes(names, ranks, args, logs):
     """torchrun on each node; the first one is the meeting point."""
     found = []
     for number, name in enumerate(names):
-        options = (
-            "--nnodes", "2", "--node-rank", str(number), "--rdzv-backend", "c10d", "--rdzv-id", "test",
-            "--rdzv-endpoint", "10.211.77.1:29411", "--rdzv-conf", f"is_host={number == 0}", "--local-addr", f"10.211.77.{number + 1}",
-        )  # fmt: skip
+        meeting = ("--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", "10.211.77.1:29411")
+        meeting += ("--rdzv-conf", f"is_host={number == 0}", "--local-addr", f"10.211.77.{number + 1}")
+        options = ("--nnodes", "2", "--node-rank", str(number), *meeting)
         command = torchrun(
             ranks, *args, prefix=("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=v0"), options=options
         )
