@@ -6,6 +6,7 @@ import torch
 
 from blockscale import nn, reference
 from blockscale.checkpoint import open_checkpoint
+from blockscale.errors import BlockscaleError
 from blockscale.formats import get_format
 from blockscale.integrations import transformers as integration
 from blockscale.numerics import get_numerics
@@ -193,6 +194,11 @@ def compiled(world):
     )
     row = RowParallelLinear(take(second, part), group=world.tp, part=part)
     x = tokens(3, 128)
+    try:
+        row(torch.relu(column(x.requires_grad_())))
+        raise AssertionError("a gradient was promised")
+    except BlockscaleError:
+        x = x.detach()
     made = torch.compile(lambda x: row(torch.relu(column(x))), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(made(x), row(torch.relu(column(x))))

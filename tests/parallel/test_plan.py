@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from blockscale import reference
 from blockscale.checkpoint import open_checkpoint
 from blockscale.checkpoint.ranges import RangeReader
 from blockscale.cli import app
+from blockscale.formats import get_format
 from blockscale.numerics import Numerics
-from blockscale.parallel import PlanError, RankCheckpoint, plan_sharding, wire_of
+from blockscale.parallel import PlanError, RankCheckpoint, plan_sharding, take, wire_of
 from blockscale.parallel.planner import count_experts
 from blockscale.parallel.summary import summarize
 from blockscale.policy import model_policy
@@ -130,6 +134,28 @@ def test_nvfp4_activations_without_a_stored_scale_cannot_be_cut(tmp_path):
     policy = model_policy(Numerics(), checkpoint.config)
     plan = plan_sharding(checkpoint, 2, 1, policy)  # this one stores input scales
     assert plan.splits["layers.0.ffn.experts.0.w2"].kind == "row"
+
+
+def test_stacked_experts_are_read_by_expert_and_slice(tmp_path):
+    stacks = {
+        "gate_up_proj": reference.quantize(torch.randn(4, 2 * 192, 128), get_format("fp8_128x128")),
+        "down_proj": reference.quantize(torch.randn(4, 128, 192), get_format("fp8_128x128")),
+    }
+    prefix = "model.layers.0.mlp.experts."
+    tensors = {prefix + name: w.data for name, w in stacks.items()}
+    tensors |= {f"{prefix}{name}_scale_inv": w.scale for name, w in stacks.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 1, "quantization_config": quantization}))
+    plan = plan_sharding(open_checkpoint(tmp_path), 4, 2)
+    for rank in range(4):
+        source = RankCheckpoint(plan, rank)
+        for layer, part in plan.pieces(rank):
+            want = take(stacks[layer.name.rpartition(".")[2]], part)
+            got = source.load(layer.name)
+            assert got.shape[0] == 2
+            assert torch.equal(reference.dequantize(got), reference.dequantize(want))
+        assert source.bytes_read == plan.nbytes(rank)
 
 
 def test_inspect_prints_plan_and_bytes(folders):

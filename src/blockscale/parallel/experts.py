@@ -25,7 +25,7 @@ from ..nn import Experts, StackedLinear
 from ..tensor import BlockScaled
 from .collectives import Group
 from .cuts import Range, shares
-from .linear import add_guards
+from .linear import add_guards, refuse_gradient
 from .partial import OPS
 from .piece import Piece
 from .wire import wire_of
@@ -62,6 +62,7 @@ class ParallelExperts(Experts):
         self.wire = wire_of(first.format, first.numerics, static, again=True)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        refuse_gradient(x)
         if self.exchange == "reduce" or self.outer.size == 1:
             return self._reduce(x, index, weights)
         tokens = shares(x.shape[0], self.outer.size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ShapeError
+from ..errors import BlockscaleError, ShapeError
 from ..nn import BlockDiagonalLinear, DenseLinear, Linear
 from ..tensor import BlockScaled
 from .collectives import Group
@@ -16,6 +16,12 @@ from .cuts import Range
 from .partial import OPS
 from .piece import Piece
 from .wire import Wire, wire_of
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Collectives here have no gradient: one that is asked for is an error, not a part of the truth."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise BlockscaleError("layers over ranks have no gradient: run under torch.no_grad() or torch.inference_mode()")
 
 
 class ColumnParallelLinear(Linear):
@@ -51,6 +57,7 @@ class ColumnParallelLinear(Linear):
         self.wire: Wire = wire_of(self.format, self.numerics, weight.input_scale is not None)
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradient(x)
         y = self._gathered_rows(x) if self.rows_of_x else super().forward(x)
         if not self.gather:
             return y
@@ -134,6 +141,7 @@ class RowParallelLinear(Linear):
             raise ShapeError(f"RowParallelLinear: weight {list(weight.shape)} is not the part {part.part_shape}")
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradient(x)
         lead = x.shape[:-1]
         x = add_guards(x.reshape(-1, x.shape[-1]), self.part, self.group)
         y = self.finish([self._start(self._partial(rows)) for rows in x.chunk(self.chunks)], x.dtype)
@@ -253,4 +261,5 @@ class ColumnParallelDense(DenseLinear):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradient(x)
         return self.group.gather_columns(super().forward(x), self.widths)
