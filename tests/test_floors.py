@@ -15,8 +15,8 @@ FLOOR = {
     "kernels": 6,
     "library": 7, "gradients": 8, "ops": 9,
     "nn": 10, "checkpoint": 10,
-    "integrations": 11, "parallel": 11, "conformance": 11,
-    "cli": 12, "__init__": 13, "__main__": 13,
+    "parallel": 11, "conformance": 11, "integrations": 12,
+    "cli": 13, "__init__": 14, "__main__": 14,
 }  # fmt: skip
 HARDWARE = (
     "is_available(",

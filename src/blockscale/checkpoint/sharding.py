@@ -49,24 +49,6 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def splits(layers: Sequence[StoredLayer], ranks: int) -> list[dict[str, Any]]:
-    """How every kind of layer splits: {kind, shape, format, layers, cut: "rows" | "columns" | None, share, block, fit}.
-
-    share: elements of the cut dimension that a rank gets (None when they do not divide); block: elements.
-    """
-    groups: dict[tuple[str, tuple[int, ...], str], list[StoredLayer]] = {}
-    for layer in layers:
-        groups.setdefault((kind_of(layer.name), layer.shape, layer.format.name), []).append(layer)
-    rows = []
-    for (kind, shape, fmt), group in groups.items():
-        (size, block), verdict = _cut(group[0]), fit(group[0], ranks)
-        row = {"kind": kind, "shape": list(shape), "format": fmt, "layers": len(group)}
-        row |= {"cut": None if verdict == "whole" else "columns" if _by_columns(group[0]) else "rows"}
-        row |= {"share": None if verdict == "uneven" else size if verdict == "whole" else size // ranks}
-        rows.append(row | {"block": block, "fit": verdict})
-    return rows
-
-
 def verdicts(layers: Sequence[StoredLayer]) -> list[dict[str, Any]]:
     """For 1 … 16 ranks: how many layers are of each Fit, and which kinds are not on block boundaries."""
     rows = []

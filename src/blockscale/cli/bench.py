@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
+from . import _ranks
 from ._output import console, print_json
 from .run import integration
 
@@ -31,17 +32,27 @@ def command(
     kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture of the time split (png, svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ep: _ranks.Ep = None,
+    exchange: _ranks.Exchange = "dispatch",
+    timeout: _ranks.Timeout = 60.0,
 ) -> None:
-    """Prefill and decode tokens/s, memory, and the time split between our layers and the rest; random token ids."""
-    report = measure_model(
-        checkpoint, prompt_tokens, new_tokens, device=device, dtype=dtype, numerics=numerics, kernel=kernel
-    )
-    if picture is not None:
-        draw(report, picture)
-    if as_json:
-        print_json(report)
-    else:
-        _show(report)
+    """Prefill and decode tokens/s, memory, and the time split between our layers and the rest; random token ids.
+
+    Under torchrun the ranks share the model; memory is then that of rank 0.
+    """
+    with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout) as parallel:
+        report = measure_model(
+            checkpoint, prompt_tokens, new_tokens, device=device, dtype=dtype, numerics=numerics, kernel=kernel,
+            parallel=parallel,
+        )  # fmt: skip
+        if not _ranks.speaks(parallel):
+            return
+        if picture is not None:
+            draw(report, picture)
+        if as_json:
+            print_json(report)
+        else:
+            _show(report)
 
 
 @torch.no_grad()
@@ -54,12 +65,14 @@ def measure_model(
     dtype: str = "auto",
     numerics: str = "reference",
     kernel: str | None = None,
+    parallel: Any = None,
 ) -> dict[str, Any]:
     """The report that `--json` prints. The first generation is a warm-up; logits_sha256 is of the prompt's logits."""
     from ..checkpoint import open_checkpoint
 
     load, measure = integration()
-    model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=device)
+    where = device if parallel is None else parallel.world.device
+    model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=where, parallel=parallel)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     measure.generate(model, ids, 2, stop=False)
@@ -76,7 +89,7 @@ def measure_model(
         "decode_tokens_per_second": timing.decode_tokens_per_second,
         "resident_weight_bytes": measure.weight_bytes(model),
         "stored_weight_bytes": open_checkpoint(checkpoint).nbytes,
-        "peak_memory_bytes": measure.peak_memory(device),
+        "peak_memory_bytes": measure.peak_memory(where),
         "kernels": measure.kernels_in_use(model),
         "prefill_kernels": measure.kernels_in_use(model, prompt_tokens),
         "prefill_split": prefill.as_dict(),
@@ -85,6 +98,7 @@ def measure_model(
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "numerics": numerics,
+        "ranks": _ranks.report(parallel),
     }
 
 
@@ -132,4 +146,6 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
     for kernel, layers in report["kernels"].items():
         table.add_row("kernel", kernel, f"{layers} layers")
+    if report["ranks"]:
+        table.add_row("ranks", *_ranks.words(report["ranks"]))
     console().print(table)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import open_checkpoint
-from ..checkpoint.sharding import splits
 from ..checkpoint.summary import summarize
-from ..errors import BlockscaleError
+from ..parallel.planner import plan_sharding
+from ..parallel.summary import summarize as summarize_plan
+from ..policy import model_policy
 from ._output import console, print_json
 
 
@@ -19,21 +22,21 @@ def register(app: typer.Typer) -> None:
     @app.command("inspect")
     def command(
         checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.")],
-        ranks: Annotated[
-            int | None, typer.Option(help="Show how every kind of layer splits over so many tensor-parallel ranks.")
-        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        tp: Annotated[int | None, typer.Option(min=1, help="Plan for so many ranks: who holds what.")] = None,
+        ep: Annotated[int, typer.Option(min=1, help="Of the plan: groups of ranks that hold whole experts.")] = 1,
+        numerics: Annotated[str, typer.Option(help="Of the plan: whose activation groups count.")] = "reference",
     ) -> None:
         """Formats, scale dtypes, ragged shapes, sizes, and the fit for tensor parallelism. Reads headers only.
 
+        --tp 8 --ep 4: the sharding plan and the bytes of each rank, or why there is none.
         Exit codes: 0; 2 when something in the checkpoint does not fit together.
         """
-        if ranks is not None and ranks < 1:
-            raise BlockscaleError(f"inspect: --ranks needs at least 1, got {ranks}")
         found = open_checkpoint(checkpoint)
         summary = summarize(found)
-        if ranks is not None:
-            summary["splits"] = splits(found.layers, ranks)
+        if tp is not None or ep > 1:
+            policy = model_policy(numerics, found.config)
+            summary["plan"] = summarize_plan(plan_sharding(found, tp or ep, ep, policy))
         if as_json:
             print_json(summary)
         else:
@@ -56,12 +59,32 @@ def _show(summary: dict[str, Any]) -> None:
             table.add_row(row["format"], row["scale_dtype"], shape, str(row["layers"]), ragged, row["example"])
         out.print(table)
         out.print(_ranks_table(summary["tensor_parallel"]))
-        if "splits" in summary:
-            out.print(_splits_table(summary["splits"]))
     plain = Table("unquantized", "tensors", "bytes")
     for dtype, row in summary["plain"].items():
         plain.add_row(dtype, str(row["tensors"]), _size(row["bytes"]))
     out.print(plain)
+    if "plan" in summary:
+        _show_plan(out, summary["plan"])
+
+
+def _show_plan(out: Console, plan: dict[str, Any]) -> None:
+    table = Table("weight", "layers", "stored", "held", "on each rank", "inside blocks", title="sharding plan")
+    for row in plan["rows"]:
+        inside = [f"as {', '.join(row['part_formats'])}"] if row["part_formats"] else []
+        inside += [f"{row['cut_groups']} activation groups on two ranks"] if row["cut_groups"] else []
+        held = f"{row['kind']} ({row['reason']})" if row["reason"] else row["kind"]
+        stored = f"{row['format']} {' x '.join(map(str, row['shape']))}"
+        parts = f"{row['cut']} {_runs(row['parts'])}" if row["parts"] else "whole" if row["kind"] != "unused" else "-"
+        table.add_row(row["name"], str(row["layers"]), stored, held, parts, "; ".join(inside))
+    out.print(table)
+    sizes = ", ".join(f"{rank}: {_size(n)}" for rank, n in enumerate(plan["bytes"]))
+    out.print(f"bytes a rank ({_size(plan['replicated_bytes'])} of them on every rank): {sizes}", highlight=False)
+
+
+def _runs(sizes: list[int]) -> str:
+    """8, 8, 8, 4 -> "3 x 8, 4"."""
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)
 
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Table:
@@ -71,15 +94,6 @@ def _ranks_table(rows: list[dict[str, Any]]) -> Table:
         which = (kinds[0] + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else "")) if kinds else ""
         counts = [str(row[kind]) for kind in ("whole", "aligned", "inside", "uneven")]
         table.add_row(str(row["ranks"]), row["verdict"], *counts, which)
-    return table
-
-
-def _splits_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("kind", "format", "shape", "layers", "cut", "each rank", "block", "fit")
-    for row in rows:
-        shape, share = " x ".join(map(str, row["shape"])), "" if row["share"] is None else str(row["share"])
-        counts = (shape, str(row["layers"]), row["cut"] or "", share, str(row["block"]))
-        table.add_row(row["kind"], row["format"], *counts, row["fit"])
     return table
 
 

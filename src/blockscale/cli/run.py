@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from ..errors import BlockscaleError
+from . import _ranks
 from ._output import console, print_json
 
 
@@ -26,16 +27,24 @@ def register(app: typer.Typer) -> None:
         kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
         chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming text.")] = False,
+        ep: _ranks.Ep = None,
+        exchange: _ranks.Exchange = "dispatch",
+        timeout: _ranks.Timeout = 60.0,
     ) -> None:
-        """Generate text on the stored bytes: tokens/s, memory, and which kernel served how many layers."""
-        report = run(
-            checkpoint, prompt, max_new_tokens, numerics=numerics, device=device, dtype=dtype, kernel=kernel,
-            chat=chat, stream=not as_json,
-        )  # fmt: skip
-        if as_json:
-            print_json(report)
-        else:
-            _show(report)
+        """Generate text on the stored bytes: tokens/s, memory, and which kernel served how many layers.
+
+        Under torchrun the ranks share the model: torchrun --nproc-per-node 2 -m blockscale run CKPT "prompt".
+        """
+        with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout) as parallel:
+            speaks = _ranks.speaks(parallel)
+            report = run(
+                checkpoint, prompt, max_new_tokens, numerics=numerics, device=device, dtype=dtype, kernel=kernel,
+                chat=chat, stream=speaks and not as_json, parallel=parallel,
+            )  # fmt: skip
+            if speaks and as_json:
+                print_json(report)
+            elif speaks:
+                _show(report)
 
 
 @torch.no_grad()
@@ -50,21 +59,28 @@ def run(
     kernel: str | None = None,
     chat: bool = False,
     stream: bool = False,
+    parallel: Any = None,
 ) -> dict[str, Any]:
-    """Load, generate greedily, measure: `{text, prompt_tokens, new_tokens, prefill_tokens_per_second, …}`."""
+    """Load, generate greedily, measure: `{text, prompt_tokens, new_tokens, prefill_tokens_per_second, …}`.
+
+    parallel: this process is one rank of many (`integrations.transformers.Parallel`).
+    """
     load, measure = integration()
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-    model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=device)
+    where = device if parallel is None else parallel.world.device
+    model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=where, parallel=parallel)
     if chat:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
     else:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
     text = _Text(tokenizer, stream)
-    timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
-    text.end()
+    try:
+        timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
+    finally:
+        text.end()
     return {
         "text": text.whole,
         "prompt_tokens": timing.prompt_tokens,
@@ -72,12 +88,13 @@ def run(
         "prefill_tokens_per_second": timing.prefill_tokens_per_second,
         "decode_tokens_per_second": timing.decode_tokens_per_second,
         "resident_weight_bytes": measure.weight_bytes(model),
-        "peak_memory_bytes": measure.peak_memory(device),
+        "peak_memory_bytes": measure.peak_memory(where),
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "numerics": numerics,
         "kernels": measure.kernels_in_use(model),
         "prefill_kernels": measure.kernels_in_use(model, timing.prompt_tokens),
+        "ranks": _ranks.report(parallel),
     }
 
 
@@ -126,4 +143,6 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
     for kernel, layers in report["kernels"].items():
         table.add_row("kernel", kernel, f"{layers} layers")
+    if report["ranks"]:
+        table.add_row("ranks", *_ranks.words(report["ranks"]))
     console().print(table)

@@ -63,6 +63,7 @@ class Experts(nn.Module):
     limit: DeepSeek-V4's clamp, gate <= limit and |up| <= limit; None for none.
     weigh_first: apply the routing weight before the second matrix (DeepSeek-V4's own order, so that it takes part in
     the quantization of its activations) instead of after it.
+    guards: columns of `down` that are no part of I (`parallel.piece`).
 
     forward: `x: [T, K]`, `index: [T, k]` experts of each token (E or more: no expert), `weights: [T, k]` -> `[T, K]`
     in x's dtype, the k contributions summed in fp32.
@@ -77,6 +78,7 @@ class Experts(nn.Module):
         *,
         limit: float | None = None,
         weigh_first: bool = False,
+        guards: int = 0,
         numerics: str | Numerics = "checkpoint",
         kernel: str | None = None,
         names: Names = _NAMES,
@@ -88,7 +90,7 @@ class Experts(nn.Module):
         )
         for name, weight in (*parts.items(), ("down", down)):
             self.add_module(name, StackedLinear(weight, numerics=numerics, kernel=kernel, names=names))
-        experts, hidden, inner = down.shape
+        experts, hidden, inner = down.shape[0], down.shape[1], down.shape[2] - guards
         want = (experts, 2 * inner if fused else inner, hidden)
         for name, weight in parts.items():
             if weight.shape != want:

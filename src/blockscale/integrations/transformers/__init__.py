@@ -20,13 +20,14 @@ from ...numerics import Numerics
 from ...policy import Policy
 from . import measure, quantizer, takeover
 from .quantizer import LOADING, Choice, check_version
+from .sharded import Parallel
 
 METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")
 """Values of `quant_method` that `load` takes."""
 ENABLED = ("fp8", "mxfp8", "modelopt")
 """Those of them that `enable` takes over: the others belong to transformers' own integrations too."""
 
-__all__ = ["Policy", "disable", "enable", "enabled", "load", "measure"]
+__all__ = ["Parallel", "Policy", "disable", "enable", "enabled", "load", "measure"]
 
 
 def load(
@@ -36,6 +37,7 @@ def load(
     numerics: str | Numerics | Policy = "reference",
     kernel: str | None = None,
     device: torch.device | str | None = None,
+    parallel: Parallel | None = None,
     **options: Any,
 ) -> Any:
     """A causal language model whose block-scaled layers run on the stored bytes.
@@ -43,6 +45,7 @@ def load(
     path: a checkpoint folder. dtype: of activations and unquantized weights; "auto" is the checkpoint's.
     numerics: what is computed: "reference" (as the model's authors do), "hf", "vllm", or a `Numerics` for every
     layer; see `blockscale.policy`. kernel: an order for every layer. device: where to (default CPU).
+    parallel: this process is one rank of many and takes its part (`blockscale.parallel`).
     options: `from_pretrained`'s, e.g. device_map.
 
     Raises CheckpointError when the folder holds no block-scaled weights or contradicts itself, NoKernelError when
@@ -57,7 +60,7 @@ def load(
     config = AutoConfig.from_pretrained(path)
     if not getattr(config, "quantization_config", None):
         config.quantization_config = dict(checkpoint.quantization.raw) or {"quant_method": "fp8"}
-    with _chosen(Choice(numerics, kernel), METHODS):
+    with _chosen(Choice(numerics, kernel, parallel), METHODS):
         return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from ...formats import Format
 from ...nn import BlockDiagonalLinear, Experts, Linear, Names, WeightModule
 from ...policy import Policy
 from ...tensor import BlockScaled
+
+if TYPE_CHECKING:
+    from .sharded import Sharder
 
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<which>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _STACKED = re.compile(r"(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)")
@@ -58,10 +62,17 @@ class Bindings:
         return list(self.slots)
 
 
-def bind(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str], policy: Policy) -> Bindings:
+def bind(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str],
+    policy: Policy,
+    sharder: Sharder | None = None,
+) -> Bindings:
     """Put our modules, still empty on the meta device, where the checkpoint stores block-scaled weights.
 
-    rename: checkpoint name -> the model's name. Raises CheckpointError when tensors and model do not fit.
+    rename: checkpoint name -> the model's name. sharder: makes the modules of one rank of many.
+    Raises CheckpointError when tensors and model do not fit.
     """
     bindings = Bindings(plain={info.name: rename(info.name) for info in checkpoint.plain})
     experts: dict[str, dict[str, dict[int, StoredLayer]]] = {}
@@ -75,10 +86,10 @@ def bind(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str],
         elif stacked and stacked["experts"] in modules:
             experts.setdefault(stacked["experts"], {})[stacked["which"].removesuffix("_proj")] = {-1: layer}
         elif path in modules:
-            _bind_linear(model, path, modules[path], layer, bindings, policy)
+            _bind_linear(model, path, modules[path], layer, bindings, policy, sharder)
         # else: not part of this model (multi-token prediction layers); transformers reports what is unexpected
     for path, roles in experts.items():
-        _bind_experts(model, path, modules[path], roles, bindings, policy)
+        _bind_experts(model, path, modules[path], roles, bindings, policy, sharder)
     return bindings
 
 
@@ -86,8 +97,9 @@ def bind(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str],
 
 
 def _bind_linear(
-    model: nn.Module, path: str, module: nn.Module, layer: StoredLayer, bindings: Bindings, policy: Policy
-) -> None:
+    model: nn.Module, path: str, module: nn.Module, layer: StoredLayer, bindings: Bindings, policy: Policy,
+    sharder: Sharder | None,
+) -> None:  # fmt: skip
     if not isinstance(module, nn.Linear):
         raise CheckpointError(
             f"{layer.file}: {layer.name}: stored as {layer.format}, but {path} is a {type(module).__name__}, "
@@ -99,8 +111,16 @@ def _bind_linear(
             f"{layer.file}: {layer.name}: stored {list(layer.shape)}, the model's {path} needs {[n, k]}"
         )
     groups = getattr(module, "n_groups", None)
-    if groups is None:
-        ours: WeightModule = Linear(
+    stored, diagonal = layer, BlockDiagonalLinear
+    if sharder is not None:
+        layer = sharder.local(stored)
+        n, k = layer.shape
+        if groups is not None:
+            groups, diagonal = sharder.groups(stored, groups), sharder.diagonal(stored)
+    if groups is None and sharder is not None:
+        ours: WeightModule = sharder.linear(stored, _empty(layer, (n, k)), _meta_like(module.bias), policy, _LOADING)
+    elif groups is None:
+        ours = Linear(
             _empty(layer, (n, k)), _meta_like(module.bias), numerics=policy.linear,
             kernel=policy.kernel, names=_LOADING,
         )  # fmt: skip
@@ -110,7 +130,7 @@ def _bind_linear(
             raise CheckpointError(
                 f"{layer.file}: {layer.name}: {groups} groups of {n // groups} rows cut through blocks of {rows} rows"
             )
-        ours = BlockDiagonalLinear(
+        ours = diagonal(
             _empty(layer, (groups, n // groups, k)), numerics=policy.grouped_output,
             kernel=policy.kernel, names=_LOADING,
         )  # fmt: skip
@@ -142,8 +162,13 @@ def _bind_experts(
     roles: dict[str, dict[int, StoredLayer]],
     bindings: Bindings,
     policy: Policy,
+    sharder: Sharder | None,
 ) -> None:
     count: int = module.num_experts  # type: ignore[assignment]
+    every = count
+    down = next(iter(roles.get("down", {}).values()), None)
+    if sharder is not None and down is not None:
+        roles, count, down = sharder.experts_here(roles, count)
     if -1 in roles.get("down", {}):
         weights = {role: _empty(found[-1], found[-1].shape) for role, found in roles.items()}
         slots = {role: [Slot(found[-1])] for role, found in roles.items()}
@@ -152,7 +177,8 @@ def _bind_experts(
             _check_experts(path, role, roles.get(role, {}), count)
         weights, slots = _stack(roles, count)
     gate_up = weights["gate_up"] if "gate_up" in weights else (weights["gate"], weights["up"])
-    ours = Experts(
+    make = Experts if sharder is None or down is None else sharder.experts(every, down)
+    ours = make(
         gate_up, weights["down"], limit=getattr(module, "limit", None), weigh_first=policy.weigh_first,
         numerics=policy.experts, kernel=policy.kernel, names=_LOADING,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from ...numerics import Numerics
 from ...policy import Policy, model_policy
 from .binding import Bindings, bind
 from .filling import as_stored, fill, settle, stored_tensors
+from .sharded import Parallel, Sharder
 
 TESTED = "5.23"
 """The transformers series that these interfaces were tested with: they are private, and upstream is moving them."""
@@ -36,6 +37,7 @@ class Choice:
 
     numerics: str | Numerics | Policy = "reference"
     kernel: str | None = None
+    parallel: Parallel | None = None
 
 
 enabled: Choice | None = None
@@ -78,6 +80,9 @@ class BlockscaleQuantizer(HfQuantizer):
     requires_calibration = False
     checkpoint: Checkpoint
     bindings: Bindings
+    sharder: Sharder | None = None
+    head: str | None = None
+    """Path of an output projection of which this rank reads its rows."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         check_version()
@@ -110,7 +115,10 @@ class BlockscaleQuantizer(HfQuantizer):
         policy = model_policy(choice.numerics, self.checkpoint.config, kernel=choice.kernel)
         model.blockscale_policy = policy
         with torch.device("cpu"):  # transformers builds models under the meta device
-            self.bindings = bind(model, self.checkpoint, _renamer(model), policy)
+            self.sharder = Sharder(choice.parallel) if choice.parallel else None
+            self.bindings = bind(model, self.checkpoint, _renamer(model), policy, self.sharder)
+        if self.sharder is not None:
+            self.head = self.sharder.take_head(model)
         self._expect_only_the_rest(model)
         return model
 
@@ -120,6 +128,8 @@ class BlockscaleQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Experts):
                 owners |= {path: name for path in owners if path.startswith(f"{name}.")}
+        if self.head is not None:
+            owners[self.head] = self.head
         if not owners:
             return
         prefix = f"{model.base_model_prefix}."
@@ -134,11 +144,15 @@ class BlockscaleQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
+            source = cast(Checkpoint, self.sharder or self.checkpoint)  # what `fill` wants of either is `load`
             for path, slots in self.bindings.slots.items():
                 module = model.get_submodule(path)
                 assert isinstance(module, WeightModule)
-                fill(module, slots, self.bindings.names[path], self.checkpoint)
+                fill(module, slots, self.bindings.names[path], source)
                 settle(module, model.dtype)
+            if self.sharder is not None:
+                self.sharder.adapt(model, self.head)
+                model.blockscale_rank = self.sharder.source
         _use_dense_kernels(model)
         model._weight_conversions = []  # get_state_dict_and_metadata gives the checkpoint's names already
         return model
@@ -150,6 +164,10 @@ class BlockscaleQuantizer(HfQuantizer):
         holds it in another dtype and it was not changed, or does not hold it at all (multi-token prediction layers),
         the checkpoint's own bytes are carried over.
         """
+        if self.sharder is not None:
+            raise BlockscaleError(
+                "save_pretrained: this rank holds a part of the model; the checkpoint it came from is whole"
+            )
         ours: dict[str, Tensor] = {}
         for path, slots in self.bindings.slots.items():
             ours.update(stored_tensors(model.get_submodule(path), slots))

@@ -1,0 +1,102 @@
+"""Tensor and expert parallelism on several GPUs of one host against one of them, in one run.
+
+    torchrun --nproc-per-node 2 bench/parallel.py --out DIR [--budget 180]
+
+Layers of DeepSeek-V3's shapes. First conformance: nothing is timed that is wrong. Times are CUDA graphs where the work
+can be captured, medians over rounds that alternate between one device and several; of several ranks the slowest
+counts. `--device cpu --tiny` runs the same code on Gloo, to try it without GPUs. Writes parallel.json as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import torch
+
+import parallel_checks
+from blockscale.parallel import joined
+from parallel_clock import Bench, show
+from parallel_fit import Layer, Link, fit_link
+from parallel_layers import DEEPSEEK, NUMERICS, TINY, Attention, Mlp
+from parallel_runs import decode, direct, experts, prefill, wire
+
+PARTS = ("conformance", "decode", "prefill", "wire", "experts", "direct")
+
+
+def collectives(b: Bench) -> Link:
+    """All-reduce of fp32 over sizes; the fit that projections use."""
+    sizes = [1 << p for p in (12, 15, 18, 21, 24, 27)] if b.gpu else [1 << 12, 1 << 16, 1 << 18]
+    calls = {}
+    for size in sizes:
+        x = torch.zeros(size // 4, device=b.device)
+        calls[str(size)] = lambda x=x: b.world.tp.all_reduce(x)
+    sums = torch.zeros(b.s.prefill, b.s.hidden, device=b.device)
+    rows = torch.zeros(b.s.prefill // b.world.size, b.s.hidden, device=b.device, dtype=torch.uint8)
+    layer = {
+        "reduce-scatter of a layer's fp32 sums": lambda: b.world.tp.reduce_scatter(sums),
+        "all-gather of its fp8 rows": lambda: b.world.tp.all_gather(rows),
+    }
+    found = b.us(layer, repeat=4)
+    b.keep("layer_us", found)
+    b.say("us:", show(found))
+    found = b.us(calls, repeat=10)
+    link = fit_link([(float(size), us) for size, us in found.items()], b.world.size, 2)
+    b.keep("all_reduce_us", found)
+    b.keep("link", {"latency_us": link.latency_us, "gb_s": link.bytes_per_us / 1e3})
+    b.say("all-reduce us:", {k: round(v, 1) for k, v in found.items()})
+    b.say(f"fit: {link.latency_us:.1f} us a step, {link.bytes_per_us / 1e3:.0f} GB/s a direction")
+    return link
+
+
+def project(b: Bench, layers: list[Layer], link: Link) -> None:
+    """What the fitted model says about more ranks. Beyond one host: 50 GB/s and 10 us a step are assumed."""
+    between, rows = Link(10.0, 50e3), {}
+    for layer in layers:
+        for ranks in (2, 8, 16, 64):
+            compute, traffic, speedup = layer.project(ranks, link, between)
+            rows[f"{layer.name}, {ranks} ranks"] = {
+                "compute": compute,
+                "traffic": traffic,
+                "speedup": speedup,
+            }
+            b.say(
+                f"projection {layer.name}, {ranks} ranks:",
+                show(rows[f"{layer.name}, {ranks} ranks"]),
+            )
+    b.keep("projection", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--budget", type=float, default=180)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    with joined(options.device, timeout=45) as world, torch.inference_mode():
+        b = Bench(world, TINY if options.tiny else DEEPSEEK, options.out, options.budget)
+        name = torch.cuda.get_device_name() if b.gpu else "cpu"
+        b.keep("machine", {"device": name, "ranks": world.size, "torch": torch.__version__})
+        b.say(name, "x", world.size, torch.__version__)
+        if "conformance" in parts:
+            b.keep("conformance", parallel_checks.layers(world, b.say))
+        link = collectives(b)
+        attention, mlp = Attention(b.s, b.device, NUMERICS), Mlp(b.s, b.device, NUMERICS)
+        measured = decode(b, attention, mlp, None) if "decode" in parts else []
+        measured += prefill(b, attention, mlp) if "prefill" in parts else []
+        project(b, measured, link)
+        if "wire" in parts and b.left() > 20:
+            wire(b, mlp)
+        if "experts" in parts and b.left() > 30:
+            experts(b)
+        through = direct(b) if "direct" in parts and b.left() > 15 else None
+        if through is not None:
+            decode(b, attention, mlp, through)
+        b.say("done")
+
+
+if __name__ == "__main__":
+    main()

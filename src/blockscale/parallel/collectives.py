@@ -1,0 +1,105 @@
+"""The collectives that the layers need, on torch's functional ones, so that torch.compile and CUDA graphs take them.
+
+`torch.ops._c10d_functional` is what `torch.distributed._functional_collectives` is made of; the Python names of the
+latter differ between torch 2.11 and 2.13. A result is waited for where it is used, which lets work go on meanwhile.
+8-bit floats travel as bytes: no backend knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_OPS = torch.ops._c10d_functional
+
+
+class Group:
+    """A process group with what the functional collectives ask of it. One rank needs no backend at all."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.size = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
+        self.name = "" if group is None else group.group_name
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The sum ("sum") or largest ("max") over ranks; the same bits on every rank."""
+        return self.wait(self.start_all_reduce(x, op))
+
+    def start_all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The same, not waited for: nothing may look at the result before `wait`."""
+        return x if self.size == 1 else cast(Tensor, _OPS.all_reduce(x.contiguous(), op, self.name))
+
+    def start_sum_in_place(self, x: Tensor) -> Tensor:
+        """The same sum into x itself, which nobody else holds: saves a copy. A compiler finds that out by itself."""
+        if self.size == 1 or torch.compiler.is_compiling():
+            return self.start_all_reduce(x)
+        return cast(Tensor, _OPS.all_reduce_(x, "sum", self.name))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""
+        return self.wait(self.start_reduce_scatter(x))
+
+    def start_reduce_scatter(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
+        return cast(Tensor, _OPS.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.name))
+
+    def wait(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else cast(Tensor, _OPS.wait_tensor(x))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`[rows, …]` of every rank as `[size * rows, …]`, all alike."""
+        return x if self.size == 1 else self.finish_all_gather(self.start_all_gather(x), x.dtype)
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else cast(Tensor, _OPS.all_gather_into_tensor(_plain(x), self.size, self.name))
+
+    def finish_all_gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What was started, as `dtype`."""
+        return _as(self.wait(x), dtype)
+
+    def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """`[..., widths[rank]]` of every rank side by side: `[..., sum(widths)]`. Widths may differ."""
+        if self.size == 1:
+            return x
+        widest, lead = max(widths), x.shape[:-1]
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[1] < widest:
+            flat = torch.nn.functional.pad(flat, (0, widest - flat.shape[1]))
+        parts = self.all_gather(flat).view(self.size, -1, widest)
+        if min(widths) == widest:
+            return parts.transpose(0, 1).reshape(*lead, self.size * widest)
+        return torch.cat([parts[r, :, :w] for r, w in enumerate(widths)], -1).view(*lead, sum(widths))
+
+    def gather_rows(self, x: Tensor, heights: Sequence[int]) -> Tensor:
+        """`[heights[rank], …]` of every rank, one below the other. Heights may differ, and be zero."""
+        if self.size == 1:
+            return x
+        highest = max(heights)
+        if x.shape[0] < highest:
+            x = torch.cat([x, x.new_zeros(highest - x.shape[0], *x.shape[1:])])
+        every = self.all_gather(x)
+        if min(heights) == highest:
+            return every
+        return torch.cat([every[r * highest : r * highest + h] for r, h in enumerate(heights)])
+
+    def all_to_all(self, x: Tensor, receive: Sequence[int], send: Sequence[int]) -> Tensor:
+        """Rows of x to their ranks: the first `send[0]` to rank 0 …; `receive[r]` rows come from rank r."""
+        if self.size == 1:
+            return x
+        y = _OPS.all_to_all_single(_plain(x), list(receive), list(send), self.name)
+        return _as(self.wait(y), x.dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """8-bit floats as bytes, contiguous."""
+    x = x.contiguous()
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.view(dtype)
