@@ -45,7 +45,7 @@ def command(
         if not as_json:
             before = "not measured" if tuned.before_us is None else f"{tuned.before_us:.2f} us"
             at = "x".join(map(str, tuned.shape))
-            console.print(f"{at}: {tuned.best} {tuned.best_us:.2f} us (before: {tuned.before} {before})")
+            console().print(f"{at}: {tuned.best} {tuned.best_us:.2f} us (before: {tuned.before} {before})")
 
     found = tune(
         [(rows, n, k) for n, k in dict.fromkeys(shapes) for rows in ms], device, workers=workers, progress=show
@@ -54,7 +54,7 @@ def command(
     if as_json:
         print_json({"table": str(path), "rows": [vars(t) for t in found]})
     else:
-        console.print(f"{len(found)} shapes -> {path}")
+        console().print(f"{len(found)} shapes -> {path}")
 
 
 def _numbers(text: str, need: str) -> list[int]:

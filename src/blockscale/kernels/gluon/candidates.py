@@ -79,7 +79,9 @@ def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
 
 def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float:
     """Predicted microseconds of a launch."""
-    return (wide_us if isinstance(config, Wide) else swap_us)(config, m, n, k, sm_count)  # type: ignore[operator]
+    if isinstance(config, Wide):
+        return wide_us(config, m, n, k, sm_count)
+    return swap_us(config, m, n, k, sm_count)
 
 
 def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
