@@ -10,7 +10,7 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .formats import Format, ScaleRounding, get_format
 from .layouts import get_layout
 from .numerics import get_numerics
 from .observe import calls, span
-from .registry import Plan, Problem
+from .registry import Kernel, Plan, Problem
 from .tensor import BlockScaled
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -34,6 +34,8 @@ _SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor offsets, {_HOW}) -> Tensor",
     "linear_input_grad": f"(Tensor grad, {_WEIGHT}, Tensor? offsets, {_HOW}) -> Tensor",
+    "matmul": "(Tensor x, Tensor x_scale, Tensor? x_global_scale, Tensor data, Tensor scale, Tensor? global_scale, "
+    "str x_format, str x_layout, int n, int k, str format, str layout, ScalarType out_dtype, str kernel) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "quantize": f"(Tensor x, Tensor? scale, {_RESULT}",
     "swiglu_quantize": f"(Tensor gate_up, float? limit, Tensor? routing_weight, {_RESULT}",
@@ -73,7 +75,24 @@ def _bind_dense(
     return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
 
 
-registry.on_change += [_bind_weight.cache_clear, _bind_result.cache_clear, _bind_dense.cache_clear]
+@cache
+def _bind_matmul(
+    x_dtype: torch.dtype, device: torch.device, x_format: str, x_layout: str,
+    n: int, k: int, format: str, layout: str, out_dtype: torch.dtype, kernel: str,
+) -> tuple[Problem, Plan]:  # fmt: skip
+    fmt, x_fmt = get_format(format), get_format(x_format)
+    problem = Problem("matmul", n, k, x_dtype, fmt, layout, out_dtype, x_format=x_fmt, x_layout=x_layout)
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
+
+
+registry.on_change += [f.cache_clear for f in (_bind_weight, _bind_result, _bind_dense, _bind_matmul)]
+
+
+def _call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
+    """Call the kernel, counted and under its name in profiles."""
+    calls[chosen.name] += 1
+    with span(problem.op, m, problem.n, problem.k, chosen.name):
+        return chosen.run(problem, *args)
 
 
 # -- implementations ---------------------------------------------------------------------------------------------
@@ -90,10 +109,7 @@ def _linear(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    chosen = plan.pick(m)
-    calls[chosen.name] += 1
-    with span("linear", m, n, k, chosen.name):
-        y: Tensor = chosen.run(problem, flat, w, bias)
+    y: Tensor = _call(plan.pick(m), problem, m, flat, w, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -108,20 +124,27 @@ def _grouped_linear(
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    chosen = plan.pick(x.shape[0])
-    calls[chosen.name] += 1
-    with span("grouped_linear", x.shape[0], n, k, chosen.name):
-        return cast(Tensor, chosen.run(problem, x, w, offsets))
+    return cast(Tensor, _call(plan.pick(x.shape[0]), problem, x.shape[0], x, w, offsets))
+
+
+def _matmul(
+    x: Tensor, x_scale: Tensor, x_global_scale: Tensor | None, data: Tensor, scale: Tensor, global_scale: Tensor | None,
+    x_format: str, x_layout: str, n: int, k: int, format: str, layout: str, out_dtype: torch.dtype, kernel: str,
+) -> Tensor:  # fmt: skip
+    problem, plan = _bind_matmul(x.dtype, x.device, x_format, x_layout, n, k, format, layout, out_dtype, kernel)
+    m = x.shape[0]
+    if m == 0:
+        return data.new_empty(0, n, dtype=out_dtype)
+    left = BlockScaled.trusted(x, x_scale, get_format(x_format), x_layout, (m, k), x_global_scale)
+    w = BlockScaled.trusted(data, scale, get_format(format), layout, (n, k), global_scale)
+    return cast(Tensor, _call(plan.pick(m), problem, m, left, w))
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     n, k = weight.shape
     problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
     flat = x.reshape(-1, k)
-    chosen = plan.pick(flat.shape[0])
-    calls[chosen.name] += 1
-    with span("dense_linear", flat.shape[0], n, k, chosen.name):
-        y: Tensor = chosen.run(problem, flat, weight, bias)
+    y: Tensor = _call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -149,14 +172,14 @@ def _quantize(
     problem, plan = _bind_result(
         "quantize", x.dtype, x.device, x.shape[-1], scale is not None, format, layout, scale_rounding, kernel
     )
-    run = plan.pick(x.shape[-2]).run
+    rows, chosen = x.shape[-2], plan.pick(x.shape[-2])
     if x.dim() == 2:
-        data, made, level = _parts(run(problem, x, scale, floor))
+        data, made, level = _parts(_call(chosen, problem, rows, x, scale, floor))
         return data, made.clone() if made is scale else made, level  # an op may not return what it was given
     lead = x.shape[:-2]
     scales = None if scale is None else scale.flatten(0, -3)
     matrices = [
-        _parts(run(problem, matrix, None if scales is None else scales[i], floor))
+        _parts(_call(chosen, problem, rows, matrix, None if scales is None else scales[i], floor))
         for i, matrix in enumerate(x.flatten(0, -3))
     ]
     data, scale, level = (_stack(parts, lead) for parts in zip(*matrices, strict=True))
@@ -171,7 +194,8 @@ def _swiglu_quantize(
     problem, plan = _bind_result(
         "swiglu_quantize", gate_up.dtype, gate_up.device, cols, False, format, layout, scale_rounding, kernel
     )
-    return _parts(plan.pick(gate_up.shape[0]).run(problem, gate_up, limit, routing_weight, floor))
+    rows = gate_up.shape[0]
+    return _parts(_call(plan.pick(rows), problem, rows, gate_up, limit, routing_weight, floor))
 
 
 def _rmsnorm_quantize(
@@ -180,7 +204,7 @@ def _rmsnorm_quantize(
     problem, plan = _bind_result(
         "rmsnorm_quantize", x.dtype, x.device, x.shape[1], False, format, layout, scale_rounding, kernel
     )
-    return _parts(plan.pick(x.shape[0]).run(problem, x, weight, eps, floor))
+    return _parts(_call(plan.pick(x.shape[0]), problem, x.shape[0], x, weight, eps, floor))
 
 
 def _parts(q: BlockScaled) -> Parts:
@@ -205,6 +229,10 @@ def _fake_linear(x: Tensor, *args: object) -> Tensor:
 
 def _fake_input_grad(grad: Tensor, *args: object) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], cast(int, args[6]))
+
+
+def _fake_matmul(x: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape[0], cast(int, args[7]), dtype=cast(torch.dtype, args[11]))
 
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
@@ -244,6 +272,7 @@ for _name, _run, _fake in (
     ("linear", _linear, _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_linear),
     ("linear_input_grad", _linear_input_grad, _fake_input_grad),
+    ("matmul", _matmul, _fake_matmul),
     ("dense_linear", _dense_linear, _fake_dense),
     ("quantize", _quantize, _fake_quantize),
     ("swiglu_quantize", _swiglu_quantize, _fake_swiglu),
