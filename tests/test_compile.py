@@ -27,6 +27,7 @@ def calls(name):
         "linear weight_only": lambda x: blockscale.linear(x, mxfp4, numerics="weight_only"),
         "module": Linear(fp8, torch.randn(192)),
         "grouped_linear": lambda x: experts(x, OFFSETS.clamp(max=x.shape[0])),
+        "matmul": lambda x: blockscale.matmul(blockscale.quantize(x, "fp8_1x128"), fp8, torch.float32),
         "dense_linear": lambda x: blockscale.dense_linear(x, dense),
         "quantize": lambda x: quantized(blockscale.quantize(x, "fp8_1x128")),
         "quantize tma": lambda x: quantized(blockscale.quantize(x, "fp8_1x128", layout="tma")),
@@ -36,7 +37,7 @@ def calls(name):
 
 
 NAMES = (
-    "linear", "linear weight_only", "module", "grouped_linear", "dense_linear", "quantize", "quantize tma",
+    "linear", "linear weight_only", "module", "grouped_linear", "matmul", "dense_linear", "quantize", "quantize tma",
     "swiglu_quantize", "rmsnorm_quantize",
 )  # fmt: skip
 

@@ -50,3 +50,22 @@ def test_profiles_name_op_shape_and_kernel():
     names = {event.key for event in profile.key_averages()}
     assert "blockscale.linear[2x64x128] reference.linear" in names
     assert "blockscale::linear" in names
+
+
+def test_every_op_is_counted_and_named_in_profiles():
+    w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128", kernel="reference")
+    experts = blockscale.quantize(torch.randn(2, 64, 128), "fp8_128x128", kernel="reference")
+    x, order = torch.randn(2, 128), "reference"
+    before = observe.calls.copy()
+    with torch.profiler.profile() as profile:
+        q = blockscale.quantize(x, "fp8_1x128", kernel=order)
+        blockscale.matmul(q, w, kernel=order)
+        blockscale.grouped_linear(x, experts, torch.tensor([1, 2], dtype=torch.int32), kernel=order)
+        blockscale.dense_linear(x, torch.randn(64, 128), kernel=order)
+        blockscale.swiglu_quantize(torch.randn(2, 256), "fp8_1x128", kernel=order)
+        blockscale.rmsnorm_quantize(x, torch.ones(128), 1e-6, "fp8_1x128", kernel=order)
+    names = {event.key for event in profile.key_averages()}
+    for op, n in (("quantize", 0), ("matmul", 64), ("grouped_linear", 64), ("dense_linear", 64)):
+        assert f"blockscale.{op}[2x{n}x128] reference.{op}" in names
+    for op in ("quantize", "matmul", "grouped_linear", "dense_linear", "swiglu_quantize", "rmsnorm_quantize"):
+        assert observe.calls[f"reference.{op}"] == before[f"reference.{op}"] + 1

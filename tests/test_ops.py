@@ -157,6 +157,10 @@ CALLS = {
     "linear": lambda w: (
         torch.randn(2, 576), w.data, w.scale, None, None, None, 192, 576, "fp8_128x128", "row", "checkpoint", "",
     ),
+    "matmul": lambda w: (
+        torch.randn(2, 576).to(torch.float8_e4m3fn), torch.rand(2, 5), None, w.data, w.scale, None,
+        "fp8_1x128", "row", 192, 576, "fp8_128x128", "row", torch.bfloat16, "",
+    ),
     "dense_linear": lambda w: (torch.randn(2, 8), torch.randn(3, 8), None, ""),
     "quantize": lambda w: (torch.randn(6, 640), None, "fp8_1x128", "tma", "", 1e-10, ""),
     "swiglu_quantize": lambda w: (torch.randn(6, 512), 2.0, None, "fp8_1x128_ue8m0", "ue8m0x4", "", 1e-10, ""),

@@ -21,7 +21,7 @@ from .formats import Format, ScaleRounding, get_format
 from .layouts import get_layout
 from .numerics import get_numerics
 from .observe import calls, span, watched
-from .registry import Plan, Problem
+from .registry import Kernel, Plan, Problem
 from .tensor import BlockScaled
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -37,6 +37,8 @@ _SCHEMAS = {
     "masked_linear": f"(Tensor x, {_WEIGHT}, Tensor counts, {_HOW}) -> Tensor",
     "gathered_linear": f"(Tensor x, {_WEIGHT}, Tensor ids, {_HOW}) -> Tensor",
     "linear_input_grad": f"(Tensor grad, {_WEIGHT}, Tensor? offsets, {_HOW}) -> Tensor",
+    "matmul": "(Tensor x, Tensor x_scale, Tensor? x_global_scale, Tensor data, Tensor scale, Tensor? global_scale, "
+    "str x_format, str x_layout, int n, int k, str format, str layout, ScalarType out_dtype, str kernel) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "quantize": f"(Tensor x, Tensor? scale, {_RESULT}",
     "swiglu_quantize": f"(Tensor gate_up, float? limit, Tensor? routing_weight, {_RESULT}",
@@ -76,20 +78,29 @@ def _bind_dense(
     return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
 
 
-registry.on_change += [_bind_weight.cache_clear, _bind_result.cache_clear, _bind_dense.cache_clear]
+@cache
+def _bind_matmul(
+    x_dtype: torch.dtype, device: torch.device, x_format: str, x_layout: str,
+    n: int, k: int, format: str, layout: str, out_dtype: torch.dtype, kernel: str,
+) -> tuple[Problem, Plan]:  # fmt: skip
+    fmt, x_fmt = get_format(format), get_format(x_format)
+    problem = Problem("matmul", n, k, x_dtype, fmt, layout, out_dtype, x_format=x_fmt, x_layout=x_layout)
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
+
+
+registry.on_change += [f.cache_clear for f in (_bind_weight, _bind_result, _bind_dense, _bind_matmul)]
+
+
+def _call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
+    """Call the kernel, counted, and under its name in a profile while one is taken."""
+    calls[chosen.name] += 1
+    if not watched():
+        return chosen.run(problem, *args)
+    with span(problem.op, m, problem.n, problem.k, chosen.name):
+        return chosen.run(problem, *args)
 
 
 # -- implementations ---------------------------------------------------------------------------------------------
-
-
-def _serve(plan: Plan, m: int, problem: Problem, *operands: object) -> Tensor:
-    """The plan's kernel for M rows on these operands, counted, and named in a profile while one is taken."""
-    kernel = plan.pick(m)
-    calls[kernel.name] += 1
-    if not watched():
-        return cast(Tensor, kernel.run(problem, *operands))
-    with span(problem.op, m, problem.n, problem.k, kernel.name):
-        return cast(Tensor, kernel.run(problem, *operands))
 
 
 def _linear(
@@ -103,7 +114,7 @@ def _linear(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    y = _serve(plan, m, problem, flat, w, bias)
+    y: Tensor = _call(plan.pick(m), problem, m, flat, w, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -118,7 +129,7 @@ def _experts(
     if rows == 0:
         return x.new_empty(*shape, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    return _serve(plan, rows, problem, x, w, where)
+    return cast(Tensor, _call(plan.pick(rows), problem, rows, x, w, where))
 
 
 def _grouped_linear(x: Tensor, *args: Any) -> Tensor:
@@ -133,11 +144,24 @@ def _gathered_linear(x: Tensor, *args: Any) -> Tensor:
     return _experts("gathered_linear", args[4].numel(), args[4].shape, x, *args)
 
 
+def _matmul(
+    x: Tensor, x_scale: Tensor, x_global_scale: Tensor | None, data: Tensor, scale: Tensor, global_scale: Tensor | None,
+    x_format: str, x_layout: str, n: int, k: int, format: str, layout: str, out_dtype: torch.dtype, kernel: str,
+) -> Tensor:  # fmt: skip
+    problem, plan = _bind_matmul(x.dtype, x.device, x_format, x_layout, n, k, format, layout, out_dtype, kernel)
+    m = x.shape[0]
+    if m == 0:
+        return data.new_empty(0, n, dtype=out_dtype)
+    left = BlockScaled.trusted(x, x_scale, get_format(x_format), x_layout, (m, k), x_global_scale)
+    w = BlockScaled.trusted(data, scale, get_format(format), layout, (n, k), global_scale)
+    return cast(Tensor, _call(plan.pick(m), problem, m, left, w))
+
+
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     n, k = weight.shape
     problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
-    y = _serve(plan, flat.shape[0], problem, flat, weight, bias)
+    y: Tensor = _call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -165,14 +189,14 @@ def _quantize(
     problem, plan = _bind_result(
         "quantize", x.dtype, x.device, x.shape[-1], scale is not None, format, layout, scale_rounding, kernel
     )
-    run = plan.pick(x.shape[-2]).run
+    rows, chosen = x.shape[-2], plan.pick(x.shape[-2])
     if x.dim() == 2:
-        data, made, level = _parts(run(problem, x, scale, floor))
+        data, made, level = _parts(_call(chosen, problem, rows, x, scale, floor))
         return data, made.clone() if made is scale else made, level  # an op may not return what it was given
     lead = x.shape[:-2]
     scales = None if scale is None else scale.flatten(0, -3)
     matrices = [
-        _parts(run(problem, matrix, None if scales is None else scales[i], floor))
+        _parts(_call(chosen, problem, rows, matrix, None if scales is None else scales[i], floor))
         for i, matrix in enumerate(x.flatten(0, -3))
     ]
     data, scale, level = (_stack(parts, lead) for parts in zip(*matrices, strict=True))
@@ -187,7 +211,8 @@ def _swiglu_quantize(
     problem, plan = _bind_result(
         "swiglu_quantize", gate_up.dtype, gate_up.device, cols, False, format, layout, scale_rounding, kernel
     )
-    return _parts(plan.pick(gate_up.shape[0]).run(problem, gate_up, limit, routing_weight, floor))
+    rows = gate_up.shape[0]
+    return _parts(_call(plan.pick(rows), problem, rows, gate_up, limit, routing_weight, floor))
 
 
 def _rmsnorm_quantize(
@@ -196,7 +221,7 @@ def _rmsnorm_quantize(
     problem, plan = _bind_result(
         "rmsnorm_quantize", x.dtype, x.device, x.shape[1], False, format, layout, scale_rounding, kernel
     )
-    return _parts(plan.pick(x.shape[0]).run(problem, x, weight, eps, floor))
+    return _parts(_call(plan.pick(x.shape[0]), problem, x.shape[0], x, weight, eps, floor))
 
 
 def _parts(q: BlockScaled) -> Parts:
@@ -225,6 +250,10 @@ def _fake_gathered(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_input_grad(grad: Tensor, *args: object) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], cast(int, args[6]))
+
+
+def _fake_matmul(x: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape[0], cast(int, args[7]), dtype=cast(torch.dtype, args[11]))
 
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
@@ -266,6 +295,7 @@ for _name, _run, _fake in (
     ("masked_linear", _masked_linear, _fake_linear),
     ("gathered_linear", _gathered_linear, _fake_gathered),
     ("linear_input_grad", _linear_input_grad, _fake_input_grad),
+    ("matmul", _matmul, _fake_matmul),
     ("dense_linear", _dense_linear, _fake_dense),
     ("quantize", _quantize, _fake_quantize),
     ("swiglu_quantize", _swiglu_quantize, _fake_swiglu),

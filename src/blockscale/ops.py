@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from . import gradients, library, reference, registry, routed
+from . import gradients, library, reference, routed
 from .errors import DtypeError, ShapeError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
@@ -106,10 +104,11 @@ def matmul(
     Raises ShapeError when K differs, NoKernelError with every kernel's reasons.
     """
     _check_inner(x.shape, w)
-    n, k = w.shape[-2:]
-    problem = Problem("matmul", n, k, x.data.dtype, w.format, w.layout, out_dtype, x_format=x.format, x_layout=x.layout)
-    plan = registry.plan_for(problem, x.device, kernel=kernel, repack=False)
-    return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w))
+    y: Tensor = library.OPS.matmul(
+        x.data, x.scale, x.global_scale, w.data, w.scale, w.global_scale, x.format.name, x.layout,
+        w.shape[-2], w.shape[-1], w.format.name, w.layout, out_dtype, kernel or "",
+    )  # fmt: skip
+    return y
 
 
 def linear(

@@ -48,7 +48,7 @@ def found(kernel):
     report = conformance.Report("cpu")
     for case, operands in prepared(kernel.op, kernel.formats):
         report.add(kernel.name, str(case), *conformance.examine(kernel, case, "cpu", *operands))
-    assert report.cases > 20
+    assert report.cases >= 20
     return report
 
 
