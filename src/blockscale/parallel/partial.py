@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import registry
 from ..formats import Format, get_format
 from ..numerics import get_numerics
-from ..platform import detect
 from ..registry import Plan, Problem
 from ..tensor import BlockScaled
 
@@ -40,7 +39,7 @@ def _bind(
 ) -> tuple[Problem, Plan, Format]:  # fmt: skip
     fmt = get_format(format)
     problem = Problem(op, n, k, x_dtype, fmt, layout, torch.float32, get_numerics(numerics), groups, static)
-    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False), fmt
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False), fmt
 
 
 @cache
@@ -50,7 +49,7 @@ def _bind_scaled(
 ) -> tuple[Problem, Plan, Format]:  # fmt: skip
     fmt = get_format(format)
     problem = Problem("matmul", n, k, x_dtype, fmt, layout, out_dtype, x_format=get_format(x_format))
-    return problem, registry.select(problem, detect(device), kernel=kernel or None, repack=False), fmt
+    return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False), fmt
 
 
 registry.on_change += [_bind.cache_clear, _bind_scaled.cache_clear]
