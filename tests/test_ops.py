@@ -157,6 +157,13 @@ CALLS = {
     "linear": lambda w: (
         torch.randn(2, 576), w.data, w.scale, None, None, None, 192, 576, "fp8_128x128", "row", "checkpoint", "",
     ),
+    "grouped_linear": lambda w: (
+        torch.randn(5, 576), w.data[None].expand(2, -1, -1).contiguous(), w.scale[None].repeat(2, 1, 1), None, None,
+        torch.tensor([2, 5], dtype=torch.int32), 192, 576, "fp8_128x128", "row", "checkpoint", "",
+    ),
+    "linear_input_grad": lambda w: (
+        torch.randn(2, 192), w.data, w.scale, None, None, None, 192, 576, "fp8_128x128", "row", "checkpoint", "",
+    ),
     "matmul": lambda w: (
         torch.randn(2, 576).to(torch.float8_e4m3fn), torch.rand(2, 5), None, w.data, w.scale, None,
         "fp8_1x128", "row", 192, 576, "fp8_128x128", "row", torch.bfloat16, "",
