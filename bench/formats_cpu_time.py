@@ -1,8 +1,8 @@
 """Speed of one model in every format as tokens per second of CPU time, on one thread: for machines that others use too.
 
-`python bench/formats_cpu_time.py [FORMAT…]` after `python bench/formats.py make`; weight_only. Prefill of 128 tokens, and
-the median of 12 decode steps after it, as Markdown rows. Time that the process did not run is not counted; caches and
-memory are still shared, so read the ratios.
+`python bench/formats_cpu_time.py [FORMAT…]` after `python bench/formats.py make`; weight_only. Prefill of 128 tokens
+and the median of 12 decode steps after it, as Markdown rows. Time that the process did not run is not counted;
+caches and memory are still shared, so read the ratios.
 """
 
 from __future__ import annotations
