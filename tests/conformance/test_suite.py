@@ -14,7 +14,7 @@ LINEAR = Case("linear", "fp8_128x128", 5, 192, 576, torch.float32)
 
 
 def test_every_kernel_on_this_cpu_conforms():
-    report = conformance.run("cpu")
+    report = conformance.run("cpu", workers=2)
     assert report.failures == []
     assert report.cases == report.passed > 3700
     assert set(report.kernels) >= {"reference.linear", "reference.quantize", "reference.grouped_linear"}
