@@ -194,6 +194,13 @@ def _grouped(quick: bool) -> Iterator[Case]:
             for edge in () if quick else ("padded", "one_expert", "nan_row", "zero_row", "strided", "offset", *W_EDGES):
                 if edge not in W_EDGES or _stored(fmt, edge):
                     yield Case("grouped_linear", name, 21, 130, 384, numerics=policy, edge=edge, groups=5)
+            for edge in ("plain",) if quick else ("plain", "nan_row", *W_EDGES):
+                if edge not in W_EDGES or _stored(fmt, edge):
+                    yield Case("masked_linear", name, 30, 130, 384, numerics=policy, edge=edge, groups=5)
+                    yield Case("gathered_linear", name, 9, 130, 384, numerics=policy, edge=edge, groups=5)
+            if not quick:
+                yield Case("masked_linear", name, 350, 192, 576, numerics=policy, groups=5)
+                yield Case("gathered_linear", name, 1, 192, 576, F16, policy, groups=5)
 
 
 def _quantize(quick: bool) -> Iterator[Case]:

@@ -15,6 +15,8 @@ from .cases import Case
 
 SWIGLU_LIMIT = 2.0
 RMS_EPS = 1e-6
+TOP_K = 2
+"""Experts of a row in gathered_linear."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Operands:
     x: Tensor
     w: BlockScaled | None = None
     bias: Tensor | None = None
-    offsets: Tensor | None = None
+    where: Tensor | None = None
     dense: Tensor | None = None
     scale: Tensor | None = None
     floor: float = DEFAULT_FLOOR
@@ -60,7 +62,7 @@ def make(case: Case) -> Operands:
         return Operands(x, scale=scale)
     lead = (case.groups,) if case.groups else ()
     w = reference.quantize(_spread(torch.randn(*lead, case.n, case.k, generator=g), g), fmt)
-    return Operands(x, _edge_weight(w, case.edge, g), _bias(case, g), _offsets(case, g) if case.groups else None)
+    return Operands(x, _edge_weight(w, case.edge, g), _bias(case, g), _where(case, g) if case.groups else None)
 
 
 def _bias(case: Case, g: torch.Generator) -> Tensor | None:
@@ -97,21 +99,30 @@ def expected(case: Case, o: Operands, multiplied: Tensor | None = None) -> Expec
         assert o.dense is not None
         return _product(o.x, o.dense, o.bias)
     assert o.w is not None
-    if case.op != "grouped_linear":
+    if not case.groups:
         x = reference.activations(o.x, o.w, case.policy) if multiplied is None else multiplied
         return _product(x, reference.dequantize(o.w), o.bias)
-    assert o.offsets is not None
-    value = torch.zeros(case.m, case.n, dtype=torch.float64)
+    value = torch.zeros(case.m * (TOP_K if case.op == "gathered_linear" else 1), case.n, dtype=torch.float64)
     magnitude = torch.zeros_like(value)
-    start = 0
-    for expert, end in enumerate(o.offsets.tolist()):
-        if end > start:
-            w = o.w[expert]
-            x = reference.activations(o.x[start:end], w, case.policy) if multiplied is None else multiplied[start:end]
+    for expert, rows in enumerate(_rows_by_expert(case, o)):
+        if len(rows):
+            w, of_x = o.w[expert], rows // TOP_K if case.op == "gathered_linear" else rows
+            x = reference.activations(o.x[of_x], w, case.policy) if multiplied is None else multiplied[of_x]
             part = _product(x, reference.dequantize(w), None)
-            value[start:end], magnitude[start:end] = part.value, part.magnitude
-        start = end
+            value[rows], magnitude[rows] = part.value, part.magnitude
     return Expected(value, magnitude)
+
+
+def _rows_by_expert(case: Case, o: Operands) -> list[Tensor]:
+    """Rows of the result that each expert computes, by `o.where`."""
+    assert o.where is not None
+    if case.op == "gathered_linear":
+        return [(o.where.flatten() == e).nonzero().flatten() for e in range(case.groups)]
+    if case.op == "masked_linear":
+        capacity = case.m // case.groups
+        return [e * capacity + torch.arange(count) for e, count in enumerate(o.where.tolist())]
+    ends = [0, *o.where.tolist()]
+    return [torch.arange(ends[e], max(ends[e], ends[e + 1])) for e in range(case.groups)]
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Expected:
@@ -161,11 +172,23 @@ def _all_codes(w: BlockScaled, g: torch.Generator) -> Tensor:
     return finite[pick].view(w.format.element.dtype)
 
 
-def _offsets(case: Case, g: torch.Generator) -> Tensor:
-    """End rows of each expert's slice. The second expert gets none; edges: all rows in one; rows past the last."""
+def _where(case: Case, g: torch.Generator) -> Tensor:
+    """Which expert gets which rows; see each op. The second expert gets none.
+
+    grouped_linear: end rows; edges: all rows in one; rows past the last. masked_linear: counts, all and none among
+    them. gathered_linear: ids, two a row, of no expert among them.
+    """
+    experts = case.groups
+    if case.op == "gathered_linear":
+        ids = torch.randint(-1, experts + 1, (case.m, TOP_K), generator=g, dtype=torch.int32)
+        return torch.where(ids == 1, 0, ids).int()
+    if case.op == "masked_linear":
+        counts = torch.randint(0, case.m // experts + 1, (experts,), generator=g, dtype=torch.int32)
+        counts[1], counts[-1] = 0, case.m // experts
+        return counts
     if case.edge == "one_expert":
-        return torch.tensor([0] * 3 + [case.m] * (case.groups - 3), dtype=torch.int32)
-    ends = torch.randint(0, case.m + 1, (case.groups,), generator=g).sort().values
+        return torch.tensor([0] * 3 + [case.m] * (experts - 3), dtype=torch.int32)
+    ends = torch.randint(0, case.m + 1, (experts,), generator=g).sort().values
     ends[0], ends[-1] = min(1, case.m), case.m
     ends[1] = ends[0]
     if case.edge == "padded":

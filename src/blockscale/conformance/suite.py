@@ -226,10 +226,10 @@ def _call(kernel: Kernel, case: Case, o: Operands, inputs: memory.Inputs) -> Cal
     w = inputs.put_scaled("w", layouts.convert(o.w, "row" if layout == ANY_LAYOUT else layout))
     if case.op == "matmul":
         return lambda x: run(problem, x, w)
-    if case.op == "grouped_linear":
-        assert o.offsets is not None
-        offsets = inputs.put("offsets", o.offsets)
-        return lambda x: run(problem, x, w, offsets)
+    if case.groups:
+        assert o.where is not None
+        where, lead = inputs.put("where", o.where), (case.groups,) if case.op == "masked_linear" else ()
+        return lambda x: run(problem, x.view(*lead, -1, case.k), w, where).view(-1, case.n)
     bias = None if o.bias is None else inputs.put("bias", o.bias)
     return lambda x: run(problem, x, w, bias)
 
