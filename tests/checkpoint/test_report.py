@@ -15,7 +15,7 @@ from blockscale.checkpoint.names import Parts
 from blockscale.checkpoint.reader import StoredLayer
 from blockscale.checkpoint.report import kind_of, page
 from blockscale.checkpoint.search import searched_scale
-from blockscale.checkpoint.sharding import fit, splits, verdicts
+from blockscale.checkpoint.sharding import fit, verdicts
 from blockscale.checkpoint.stats import Stats
 from blockscale.checkpoint.svg import bars, dots
 
@@ -160,20 +160,3 @@ def test_verdicts(models):
     assert "model.layers.*.mlp.experts.*.gate_proj" in rows[2]["kinds"]["inside"]
     assert rows[5]["verdict"] == "uneven"
     assert list(rows) == list(range(1, 17))
-
-
-def test_splits(models):
-    """The V3 model's attention over four ranks, spelled out."""
-    rows = {row["kind"].removeprefix("model.layers.*."): row for row in splits(open_checkpoint(models("v3")).layers, 4)}
-    assert rows["self_attn.kv_a_proj_with_mqa"]["cut"] is None
-    assert rows["self_attn.q_b_proj"] == {
-        "kind": "model.layers.*.self_attn.q_b_proj",
-        "shape": [384, 128],
-        "format": "fp8_128x128",
-        "layers": 2,
-        "cut": "rows",
-        "share": 96,
-        "block": 128,
-        "fit": "inside",
-    }
-    assert (rows["self_attn.o_proj"]["cut"], rows["self_attn.o_proj"]["share"]) == ("columns", 64)

@@ -45,7 +45,7 @@ def test_a_kernel_that_takes_its_process_down_fails_and_the_rest_goes_on(plugin,
     result = plugin.python(*args)
     report = json.loads(result.stdout)
     assert result.returncode == 1
-    assert [f["kernel"] for f in report["failures"]] == ["plugin.linear"]
+    assert [f["kernel"] for f in report["failures"]] == ["plugin.linear"] * 2  # a ragged case, and whole blocks
     assert said in report["failures"][0]["got"]
     assert report["kernels"]["reference.linear"] == 2
     assert report["passed"] > 10
@@ -55,4 +55,4 @@ def test_prints_of_a_kernel_do_not_disturb(plugin):
     plugin.write("print('hello')\nreturn super().run(problem, x, w, bias)")
     report = json.loads(plugin.python("-m", "blockscale", "conformance", "--quick", "--workers", "1", "--json").stdout)
     assert report["failed"] == 0
-    assert report["kernels"]["plugin.linear"] == 1
+    assert report["kernels"]["plugin.linear"] == 2

@@ -37,16 +37,21 @@ def test_cuda_is_asked_for_an_fp32_sum(monkeypatch, bias):
     [
         ("cpu:avx2+cpu-native=avx2", "linear"),
         ("cpu:avx2+cpu-native=avx2", "grouped_linear"),
-        ("cuda:sm_90+triton=3.6", "grouped_linear"),
-        ("rocm:gfx942+triton=3.6", "grouped_linear"),
-        ("xpu:bmg+triton=3.6", "grouped_linear"),
     ],
 )
 def test_explain_says_where_nvfp4_activations_are_slow(platform, op):
     problem = Problem(op, 256, 256, torch.bfloat16, get_format("nvfp4"), groups=8 * (op == "grouped_linear"))
     accepted = [d for d in registry.explain(problem, Platform.parse(platform)) if d.accepted]
     assert [d.kernel.name for d in accepted] == [f"reference.{op}"]
-    assert "none for experts, none on a CPU" in accepted[0].notes[-1]
+    assert "only in Triton, none on a CPU" in accepted[0].notes[-1]
     weight_only = replace(problem, numerics=get_numerics("checkpoint,nvfp4_act=None"))
     best = next(d for d in registry.explain(weight_only, Platform.parse(platform)) if d.accepted)
     assert not best.kernel.name.startswith("reference.")
+
+
+@pytest.mark.parametrize("platform", ["cuda:sm_90+triton=3.6", "rocm:gfx942+triton=3.6", "xpu:bmg+triton=3.6"])
+@pytest.mark.parametrize("op", ["linear", "grouped_linear"])
+def test_triton_serves_nvfp4_activations(platform, op):
+    problem = Problem(op, 256, 256, torch.bfloat16, get_format("nvfp4"), groups=8 * (op == "grouped_linear"))
+    best = next(d for d in registry.explain(problem, Platform.parse(platform)) if d.accepted)
+    assert best.kernel.name == "triton.block"

@@ -24,12 +24,17 @@ def register(app: typer.Typer) -> None:
         device: Annotated[str | None, typer.Option(help="Device to examine: cpu, cuda, xpu …; all by default.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
-        """Detect the platform, run every accepting kernel on tiny problems, and name what is missing."""
+        """Detect the platform, run every accepting kernel on tiny problems, and name what is missing.
+
+        Exit codes: 0; 1 where the device asked for does not answer.
+        """
         report = examine(device)
         if as_json:
             print_json(report)
         else:
             _show(report)
+        if report["platform"] is None:
+            raise typer.Exit(1)
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
