@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow check bench docs aot conformance clean test-xpu
+.PHONY: setup demo test test-slow check bench docs aot conformance clean test-xpu test-vllm
 
 setup: $(STAMP)
 
@@ -25,12 +25,17 @@ test: setup
 test-xpu: setup
 	$(BIN)/python tests/xpu/run.py
 
+# Scale-out under torchrun, every pair of encodings, a full disk, model agreement, AOTInductor.
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+# The plugin on the real vLLM, in a venv of its own: downloads gigabytes, so CI runs tests/integrations against its contract.
+test-vllm: setup
+	$(BIN)/python tests/vllm/run.py
 
 check: setup
-	$(BIN)/ruff check src tests bench docs
-	$(BIN)/ruff format --check src tests bench docs
+	$(BIN)/ruff check src tests bench docs examples
+	$(BIN)/ruff format --check src tests bench docs examples
 	$(BIN)/mypy
 	$(BIN)/python docs/make.py --check
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_exports.py

@@ -2,7 +2,7 @@
 
 DeepSeek-V3 report, section 3.3.2: the products of one instruction (32) and the sum so far are aligned to the largest of
 them and truncated to 13 bits after its leading one; every 128 the sum goes to an fp32 register. On an H200 the worst
-row errors of whole models were 1.4e-4 to 3.3e-4 (bench/results/h200-models.json); this gives the same numbers.
+row errors of whole models are up to 3.3e-4 on a card (bench/results/h100-models.json); this gives the same numbers.
 """
 
 from collections.abc import Iterator
