@@ -1,8 +1,8 @@
 """Hopper's fp8 sums on a CPU, as kernels: what the card's tensor cores do to a product, without a card.
 
 DeepSeek-V3 report, section 3.3.2: the products of one instruction (32) and the sum so far are aligned to the largest of
-them and truncated to 13 bits after its leading one; every 128 the sum goes to an fp32 register. On an H200 the worst
-row errors of whole models are up to 3.3e-4 on a card (bench/results/h100-models.json); this gives the same numbers.
+them and truncated to 13 bits after its leading one; every 128 the sum goes to an fp32 register. On an H100 the worst
+row errors of whole models are up to 3.3e-4 (bench/results/h100-models.json); this gives the same numbers.
 """
 
 from collections.abc import Iterator

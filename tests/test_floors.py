@@ -10,7 +10,7 @@ FLOOR = {
     "errors": 0, "version": 0, "verdicts": 0,
     "formats": 1, "environment": 1, "observe": 1,
     "tensor": 2, "numerics": 2, "platform": 2, "policy": 3,
-    "layouts": 3, "contract": 3, "reference": 4,
+    "layouts": 3, "contract": 3, "reference": 4, "fakes": 4,
     "registry": 5, "tuning": 5, "routed": 5,
     "kernels": 6,
     "library": 7, "gradients": 8, "ops": 9,

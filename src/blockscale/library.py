@@ -16,16 +16,13 @@ import torch
 from torch import _C, Tensor
 from torch.nn import Parameter
 
-from . import reference, registry
+from . import fakes, reference, registry
+from .fakes import Parts
 from .formats import Format, ScaleRounding, get_format
-from .layouts import get_layout
 from .numerics import get_numerics
 from .observe import calls, span, watched
 from .registry import Kernel, Plan, Problem
 from .tensor import BlockScaled
-
-Parts = tuple[Tensor, Tensor, Tensor]
-"""data, scale, global_scale (empty where the format has none)."""
 
 _LIBRARY = torch.library.Library("blockscale", "DEF")  # type: ignore[no-untyped-call]
 _WEIGHT = "Tensor data, Tensor scale, Tensor? global_scale, Tensor? input_scale"
@@ -236,70 +233,19 @@ def _stack(parts: tuple[Tensor, ...], lead: torch.Size) -> Tensor:
     return stacked.view(dtype).reshape(*lead, *parts[0].shape)
 
 
-# -- fake implementations: shapes and dtypes only ----------------------------------------------------------------
-
-
-def _fake_linear(x: Tensor, *args: object) -> Tensor:
-    n = args[5]
-    return x.new_empty(*x.shape[:-1], cast(int, n))
-
-
-def _fake_gathered(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*args[4].shape, args[5])
-
-
-def _fake_input_grad(grad: Tensor, *args: object) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], cast(int, args[6]))
-
-
-def _fake_matmul(x: Tensor, *args: object) -> Tensor:
-    return x.new_empty(x.shape[0], cast(int, args[7]), dtype=cast(torch.dtype, args[11]))
-
-
-def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fake_quantize(
-    x: Tensor, scale: Tensor | None, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
-) -> Parts:
-    return _fake_parts(x, x.shape[-1], format, layout)
-
-
-def _fake_swiglu(
-    gate_up: Tensor, limit: float | None, routing_weight: Tensor | None,
-    format: str, layout: str, scale_rounding: str, floor: float, kernel: str,
-) -> Parts:  # fmt: skip
-    return _fake_parts(gate_up, gate_up.shape[-1] // 2, format, layout)
-
-
-def _fake_rmsnorm(
-    x: Tensor, weight: Tensor, eps: float, format: str, layout: str, scale_rounding: str, floor: float, kernel: str
-) -> Parts:
-    return _fake_parts(x, x.shape[-1], format, layout)
-
-
-def _fake_parts(x: Tensor, cols: int, format: str, layout: str) -> Parts:
-    fmt, (*lead, rows, _) = get_format(format), x.shape
-    data = x.new_empty(*lead, *fmt.data_shape(rows, cols), dtype=fmt.element.dtype)
-    scale = x.new_empty(*lead, *fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype)
-    level = x.new_empty(*lead, dtype=torch.float32) if fmt.two_level else x.new_empty(*lead, 0, dtype=torch.float32)
-    q = BlockScaled.trusted(data, scale, fmt, "row", (*lead, rows, cols))
-    packed = get_layout(layout).pack(q)  # plain torch, so it runs on fake tensors too
-    return packed.data, packed.scale, level
-
+# -- the ops ------------------------------------------------------------------------------------------------------
 
 for _name, _run, _fake in (
-    ("linear", _linear, _fake_linear),
-    ("grouped_linear", _grouped_linear, _fake_linear),
-    ("masked_linear", _masked_linear, _fake_linear),
-    ("gathered_linear", _gathered_linear, _fake_gathered),
-    ("linear_input_grad", _linear_input_grad, _fake_input_grad),
-    ("matmul", _matmul, _fake_matmul),
-    ("dense_linear", _dense_linear, _fake_dense),
-    ("quantize", _quantize, _fake_quantize),
-    ("swiglu_quantize", _swiglu_quantize, _fake_swiglu),
-    ("rmsnorm_quantize", _rmsnorm_quantize, _fake_rmsnorm),
+    ("linear", _linear, fakes.linear),
+    ("grouped_linear", _grouped_linear, fakes.linear),
+    ("masked_linear", _masked_linear, fakes.linear),
+    ("gathered_linear", _gathered_linear, fakes.gathered_linear),
+    ("linear_input_grad", _linear_input_grad, fakes.linear_input_grad),
+    ("matmul", _matmul, fakes.matmul),
+    ("dense_linear", _dense_linear, fakes.dense_linear),
+    ("quantize", _quantize, fakes.quantize),
+    ("swiglu_quantize", _swiglu_quantize, fakes.swiglu_quantize),
+    ("rmsnorm_quantize", _rmsnorm_quantize, fakes.rmsnorm_quantize),
 ):
     _LIBRARY.define(_name + _SCHEMAS[_name])  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
