@@ -99,7 +99,7 @@ def test_a_caller_s_tensors_are_never_written_to(name, case):
     chosen, o = kernel(name, case.op), conformance.operands.make(case)
     w = layouts.convert(o.w, chosen.layout)
     x = reference.quantize_activations(o.x, case.problem().x_format, o.w, case.policy) if case.op == "matmul" else o.x
-    third = () if case.op == "matmul" else (o.offsets if case.op == "grouped_linear" else o.bias,)
+    third = () if case.op == "matmul" else (o.where if case.op == "grouped_linear" else o.bias,)
     parts = [x] if isinstance(x, torch.Tensor) else [x.data, x.scale]
     held = [t.view(torch.uint8) if t.element_size() == 1 else t for t in (*parts, w.data, w.scale)]
     held += [t for t in third if t is not None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import blockscale
-from blockscale import layouts, library, reference
+from blockscale import fakes, layouts, reference
 from blockscale.formats import get_format
 from blockscale.kernels.xpu import KERNELS
 from blockscale.numerics import get_numerics
@@ -104,7 +104,7 @@ def test_quantizers_stay_on_their_device_and_give_the_declared_shapes(fake, name
     assert list(kernel.why_not(problem, BMG)) == []
     x = torch.empty(7, 384, dtype=BF16, device="xpu")
     q = kernel.run(problem, x, None, 1e-10)
-    data, scale, _ = library._fake_parts(x, 384, format, layout)
+    data, scale, _ = fakes.quantize(x, None, format, layout, "", 0.0, "")
     for got, want in ((q.data, data), (q.scale, scale)):
         assert (got.device.type, got.dtype, got.shape) == ("xpu", want.dtype, want.shape)
 
