@@ -1,9 +1,9 @@
 """The vLLM plugin against the real vLLM 0.33.0 (`make test-vllm`); not in `make test`, since it downloads gigabytes.
 
-python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0` and runs real.py in it
+python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0`, runs real.py and model.py in it
 python tests/vllm/run.py --python PATH        uses a Python that has vLLM already
 
-No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py says what is executed.
+No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py and model.py say what is executed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 VERSION = "0.33.0"
 
 
@@ -35,20 +36,12 @@ def main() -> int:
     parser.add_argument("--python", type=Path, help="a Python that has vLLM")
     python = parser.parse_args().python or prepared()
     with tempfile.TemporaryDirectory() as folder:
-        metadata = [
-            sys.executable,
-            "setup.py",
-            "-q",
-            "egg_info",
-            "--egg-base",
-            folder,
-        ]  # our entry point, without building
+        metadata = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder]  # our entry point, unbuilt
         subprocess.run(metadata, cwd=ROOT, check=True)
-        path = os.pathsep.join([folder, str(ROOT / "src"), str(Path(__file__).parent)])
+        path = os.pathsep.join([folder, str(ROOT / "src"), str(ROOT / "tests"), str(HERE)])
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder]
-        return subprocess.run(
-            [*command, str(Path(__file__).parent / "real.py")], cwd=folder, env={**os.environ, "PYTHONPATH": path}
-        ).returncode
+        tests = [str(HERE / "real.py"), str(HERE / "model.py")]
+        return subprocess.run([*command, *tests], cwd=folder, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 if __name__ == "__main__":
