@@ -1,8 +1,8 @@
 """Run inside a Python that has vLLM 0.33 (see run.py): a whole model, loaded and run by vLLM's own code.
 
-A tiny Llama is quantized by `quantize_checkpoint`. Executed for real: vLLM's reading of its config.json, its loader, its
-fused and parallel linear layers and their weight loaders, `Fp8LinearMethod`, its Llama. One thing stands in: attention
-itself (torch's), because the CUDA wheel has no CPU kernels for it. The other tests are in real.py.
+A tiny Llama is quantized by `quantize_checkpoint`. Executed for real: vLLM's reading of its config.json, its loader,
+its fused and parallel linear layers and their weight loaders, `Fp8LinearMethod`, its Llama. One thing stands in:
+attention itself (torch's), because the CUDA wheel has no CPU kernels for it. The other tests are in real.py.
 """
 
 import os

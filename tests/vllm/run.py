@@ -1,9 +1,10 @@
 """The vLLM plugin against the real vLLM 0.33.0 (`make test-vllm`); not in `make test`, since it downloads gigabytes.
 
-python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0`, runs real.py and model.py in it
+python tests/vllm/run.py                      makes .venv-vllm with `pip install vllm==0.33.0`, runs the tests in it
 python tests/vllm/run.py --python PATH        uses a Python that has vLLM already
 
-No GPU is needed: vLLM's Python code runs as on a CPU (VLLM_TARGET_DEVICE=cpu). real.py and model.py say what is executed.
+The tests are real.py and model.py, which say what they execute. No GPU is needed: vLLM's Python code runs as on a CPU
+(VLLM_TARGET_DEVICE=cpu).
 """
 
 from __future__ import annotations
