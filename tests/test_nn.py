@@ -5,7 +5,7 @@ import torch
 
 import blockscale
 from blockscale import DtypeError, ShapeError
-from blockscale.nn import Linear, Names
+from blockscale.nn import BlockDiagonalLinear, DenseLinear, Linear, Names, StackedLinear
 
 
 @pytest.fixture
@@ -115,3 +115,19 @@ def test_bad_parts():
         Linear(w)
     with pytest.raises(ShapeError, match=r"needs bias \[64\], got \[3\]"):
         Linear(w[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("k", [288, 575, 1152])
+def test_an_x_of_another_k_is_an_error(k):
+    """1152 = 2 x 576 would even fit, as twice the rows; 288 would have a kernel read past the end of x."""
+    w = blockscale.quantize(torch.randn(3, 192, 576), "fp8_128x128")
+    ends = torch.tensor([1, 2, 4], dtype=torch.int32)
+    for shape in ((4, k), (2, 2, k), (k,)):
+        with pytest.raises(ShapeError, match=rf"x \[.*{k}\] meets a weight of K=576"):
+            Linear(w[0])(torch.randn(shape))
+        with pytest.raises(ShapeError, match=r"K=576"):
+            DenseLinear(576, 8).requires_grad_(False)(torch.randn(shape))
+    with pytest.raises(ShapeError, match=r"K=576"):
+        StackedLinear(w)(torch.randn(4, k), ends)
+    with pytest.raises(ShapeError, match=r"needs x \[\.\.\., 3, 576\]"):
+        BlockDiagonalLinear(w)(torch.randn(4, 3, k))

@@ -102,6 +102,13 @@ def test_masked_and_gathered_linear_refuse_what_does_not_fit():
         blockscale.gathered_linear(torch.randn(4, 128, requires_grad=True), w, torch.ones(4, 2, dtype=torch.int32))
 
 
+def test_dense_linear_refuses_a_gradient_that_it_would_drop():
+    x, weight = torch.randn(4, 128), torch.randn(8, 128)
+    for operands in ((x.clone().requires_grad_(), weight), (x, weight.clone().requires_grad_())):
+        with pytest.raises(BlockscaleError, match="dense_linear has no gradient"):
+            blockscale.dense_linear(*operands)
+
+
 def test_masked_and_gathered_linear_compile_to_one_op_each():
     w = blockscale.quantize(torch.randn(3, 64, 128), "fp8_128x128")
     counts, ids = torch.tensor([1, 4, 0], dtype=torch.int32), torch.tensor([[2, 0], [0, -1]], dtype=torch.int32)

@@ -30,10 +30,10 @@ def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     return library.grouped_linear(x, *args)
 
 
-def refuse(op: str, x: Tensor) -> None:
+def refuse(op: str, *operands: Tensor, instead: str) -> None:
     """Raises BlockscaleError where a gradient of an op that has none is asked for."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise BlockscaleError(f"{op} has no gradient: need x without requires_grad, or grouped_linear over sorted rows")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        raise BlockscaleError(f"{op} has no gradient: need operands without requires_grad, or {instead}")
 
 
 def _refuse_weight_gradient(ctx: Any) -> None:

@@ -17,6 +17,7 @@ from torch import _C, Tensor
 from torch.nn import Parameter
 
 from . import fakes, reference, registry
+from .errors import ShapeError
 from .fakes import Parts
 from .formats import Format, ScaleRounding, get_format
 from .numerics import get_numerics
@@ -100,12 +101,19 @@ def _call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
 # -- implementations ---------------------------------------------------------------------------------------------
 
 
+def _other_k(x: Tensor, k: int) -> ShapeError:
+    """Modules come here without a check of their own, and a kernel would read past the end of x."""
+    return ShapeError(f"x {list(x.shape)} meets a weight of K={k}: need x [..., {k}]")
+
+
 def _linear(
     x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
     bias: Tensor | None, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     static = input_scale is not None
     problem, plan, fmt = _bind_weight("linear", x.dtype, x.device, 0, static, n, k, format, layout, numerics, kernel)
+    if x.shape[-1] != k:
+        raise _other_k(x, k)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     m = flat.shape[0]
     if m == 0:
@@ -123,6 +131,8 @@ def _experts(
     """rows: of the result, `shape` without N; `where` says which expert has which."""
     experts, static = scale.shape[0], input_scale is not None
     problem, plan, fmt = _bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
+    if x.shape[-1] != k:
+        raise _other_k(x, k)
     if rows == 0:
         return x.new_empty(*shape, n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
@@ -157,6 +167,8 @@ def _matmul(
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
     n, k = weight.shape
     problem, plan = _bind_dense(x.dtype, weight.dtype, x.device, n, k, kernel)
+    if x.shape[-1] != k:
+        raise _other_k(x, k)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     y: Tensor = _call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)

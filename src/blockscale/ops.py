@@ -14,6 +14,8 @@ from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
 from .registry import Problem
 from .tensor import BlockScaled
 
+_SORTED = "grouped_linear over sorted rows"
+
 
 def quantize(
     x: Tensor,
@@ -166,7 +168,7 @@ def masked_linear(
     """
     routed.check_masked(x.shape, w, counts)
     _check_operands(x, w, None)
-    gradients.refuse("masked_linear", x)
+    gradients.refuse("masked_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return cast(Tensor, library.OPS.masked_linear(x, *parts, counts, *_how(w, numerics, kernel)))
 
@@ -182,15 +184,19 @@ def gathered_linear(
     """
     routed.check_gathered(x.shape, w, ids)
     _check_operands(x, w, None)
-    gradients.refuse("gathered_linear", x)
+    gradients.refuse("gathered_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return cast(Tensor, library.OPS.gathered_linear(x, *parts, ids, *_how(w, numerics, kernel)))
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
-    """`x: [..., K]` times an unquantized `weight: [N, K]` transposed -> `[..., N]`; for lm_head and routers."""
+    """`x: [..., K]` times an unquantized `weight: [N, K]` transposed -> `[..., N]`; for lm_head and routers.
+
+    Raises ShapeError or NoKernelError; BlockscaleError where a gradient is asked for (`nn.DenseLinear` has one).
+    """
     if x.shape[-1] != weight.shape[-1]:
         raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
+    gradients.refuse("dense_linear", x, weight, instead="torch.nn.functional.linear")
     return library.dense_linear(x, weight, bias, kernel or "")
 
 
