@@ -46,7 +46,7 @@ class Tool:
 
 def facts(device: torch.device | str = "cpu") -> dict[str, str]:
     """Versions and names: blockscale, python, system, processor or device, driver."""
-    kind = torch.device(device).type
+    kind = str(device).partition(":")[0]  # not torch's parser, which raises for a name that it does not know
     found = {
         "blockscale": __version__,
         "python": sys.version.split()[0],

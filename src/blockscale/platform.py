@@ -31,6 +31,14 @@ KINDS = ("cpu", "cuda", "rocm", "xpu")
 _FEATURE_PACKAGES = ("triton", "deep_gemm", "vllm-xpu-kernels", "aiter")
 _DISTRIBUTIONS = {"triton": ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton", "pytorch-triton-rocm")}
 """Packages that install an import name under several distributions; which of them is there differs by device."""
+_ARCH = {"cuda": (r"sm_\d+[a-z]?", "sm_90"), "rocm": (r"gfx[\w-]+", "gfx942")}
+"""How kinds that name chips by generation spell them, and an example."""
+_CHIPS = {
+    "t4": "cuda:sm_75", "a100": "cuda:sm_80", "l4": "cuda:sm_89", "l40": "cuda:sm_89", "l40s": "cuda:sm_89",
+    "h100": "cuda:sm_90", "h200": "cuda:sm_90", "b200": "cuda:sm_100", "mi210": "rocm:gfx90a", "mi250": "rocm:gfx90a",
+    "mi300": "rocm:gfx942", "mi300x": "rocm:gfx942", "mi325x": "rocm:gfx942", "mi355x": "rocm:gfx950",
+}  # fmt: skip
+"""Chips that people call by their product names, as this library calls them."""
 _GRAMMAR = re.compile(r"(?P<kind>[a-z]\w*)(:(?P<arch>[\w.-]+))?(?P<features>(\+[\w.-]+(=[^+]+)?)*)")
 
 
@@ -59,13 +67,17 @@ class Platform:
     def parse(cls, text: str) -> Platform:
         """Read `kind[:arch][+feature[=value]]…`, e.g. "cuda:sm_90+triton=3.6".
 
-        Raises BlockscaleError when the text does not follow the grammar.
+        Raises BlockscaleError when the text does not follow the grammar, or names a chip as its vendor's shop does.
         """
+        _refuse_product_name(text)
         match = _GRAMMAR.fullmatch(text.strip())
         if not match:
             raise BlockscaleError(
                 f"platform: got {text!r}, need kind[:arch][+feature[=value]]…, e.g. 'cuda:sm_90+triton=3.6'"
             )
+        pattern, example = _ARCH.get(match["kind"], (".*", ""))
+        if match["arch"] and not re.fullmatch(pattern, match["arch"]):
+            raise BlockscaleError(f"platform: got {text!r}, need the chip's generation, e.g. {match['kind']}:{example}")
         features = (f.partition("=") for f in match["features"].split("+") if f)
         described = cls(match["kind"], match["arch"] or "", tuple((name, value) for name, _, value in features))
         return replace(described, ops=tuple(pair for r in _records() for pair in _recorded_ops(r, described)))
@@ -100,6 +112,14 @@ class Platform:
         return int(match[1]) if self.kind == "cuda" and match else 0
 
 
+def _refuse_product_name(text: str) -> None:
+    """A chip under another name would be taken for one that has nothing: every kernel would refuse it."""
+    words = re.split(r"[:+]", text.strip().lower())[:2]
+    named = next((_CHIPS[word] for word in words if word in _CHIPS), None)
+    if named is not None:
+        raise BlockscaleError(f"platform: got {text!r}, need '{named}+triton' for that chip and its usual package")
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0]))
 
@@ -111,7 +131,11 @@ def detect(device: torch.device | str = "cpu") -> Platform:
     Cached: hardware and packages do not change under a process; `detect.cache_clear()` after a new verdict.
     Raises BlockscaleError when torch has no such device.
     """
-    found = _detect(torch.device(device))
+    try:
+        named = torch.device(device)
+    except RuntimeError as e:
+        raise BlockscaleError(f"device {device!r}: need cpu, cuda, xpu or another that torch knows") from e
+    found = _detect(named)
     return found.with_features(verdicts.failures(identity(found)))
 
 

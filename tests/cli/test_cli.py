@@ -36,6 +36,15 @@ def test_explain_prints_a_table():
     assert "reference.linear" in result.stdout
 
 
+def test_three_numbers_are_experts():
+    answer = json.loads(run("explain", "--shape", "8,192,576", "--json").stdout)
+    assert (answer["problem"]["op"], answer["problem"]["groups"]) == ("grouped_linear", 8)
+
+
+def test_explain_says_what_a_bare_platform_lacks():
+    assert "with one: xpu:bmg+triton" in run("explain", "--shape", "192,576", "--platform", "xpu:bmg").stdout
+
+
 def test_doctor_runs_what_it_calls_usable():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["platform"].startswith("cpu")
@@ -83,7 +92,15 @@ def test_conformance_exits_1_on_a_fault_and_0_without():
         (["explain", "--shape", "192,576", "--format", "fp8_129"], "did you mean"),
         (["explain", "--shape", "192,576", "--platform", "!"], "need kind"),
         (["explain", "--shape", "192,576", "--dtype", "int8"], "--dtype needs one of"),
+        (["explain", "--shape", "192,576", "--platform", "cuda:a100"], "need 'cuda:sm_80+triton' for that chip"),
+        (["explain", "--shape", "192,576", "--platform", "MI300X"], "need 'rocm:gfx942+triton' for that chip"),
+        (["explain", "--shape", "192,576", "--platform", "rocm:sm_90"], "need the chip's generation, e.g. rocm:gfx942"),
+        (["explain", "--shape", "192,576", "--op", "masked_linear"], "masked_linear needs --shape E,N,K"),
+        (["explain", "--shape", "8,192,576", "--op", "linear"], "linear needs --shape N,K"),
+        (["explain", "a checkpoint", "--format", "mxfp4"], "--format and --op describe --shape"),
         (["conformance", "--kernel", "nothing"], "unknown kernel 'nothing'"),
+        (["conformance", "--device", "gpu"], "device 'gpu': need cpu, cuda, xpu or another"),
+        (["run", "/nowhere", "hello"], "/nowhere: no such checkpoint"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):

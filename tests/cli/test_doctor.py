@@ -136,6 +136,21 @@ def test_what_is_missing_comes_with_a_command(monkeypatch):
     assert [(m["name"], m["command"]) for m in examine("cpu")["missing"]] == [("g++", "apt-get install g++")]
 
 
+def test_what_would_not_serve_here_is_not_recommended(monkeypatch):
+    tools = [
+        environment.Tool(name, "missing", "brings", "get it") for name in ("triton", "deep_gemm", "vllm_xpu_kernels")
+    ]
+    monkeypatch.setattr(environment, "packages", lambda: tools)
+    assert examine("cpu")["missing"] == []
+
+
+def test_a_device_of_no_known_name_is_a_finding():
+    report = examine("gpu")
+    assert report["platform"] is None
+    assert "need cpu, cuda, xpu or another that torch knows" in report["problems"][0]
+    assert CliRunner().invoke(app, ["doctor", "--device", "gpu"]).exit_code == 1
+
+
 def test_an_entry_point_that_cannot_be_loaded_is_a_finding(monkeypatch):
     from importlib import metadata
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from blockscale import BlockscaleError
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.cli import app
 from makers import make_llama
@@ -77,3 +79,15 @@ def test_bench_model_needs_no_tokenizer(checkpoint, tmp_path):
         assert sum(split.values()) == pytest.approx(1)
     assert len(report["logits_sha256"]) == 64
     assert picture.read_text().startswith("<?xml")
+
+
+def test_what_cannot_run_is_said_in_one_line(checkpoint, tmp_path):
+    make_llama(tmp_path / "bf16", layers=1)
+    quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8", "fp8_128x128")
+    told = CliRunner().invoke(app, ["run", str(tmp_path / "fp8"), "w5"]).exception
+    assert isinstance(told, BlockscaleError)
+    assert "no tokenizer that transformers can read" in str(told)
+    assert "`blockscale bench model` needs none" in str(told)
+    if not torch.cuda.is_available():
+        told = CliRunner().invoke(app, ["run", str(checkpoint), "w5", "--device", "cuda"]).exception
+        assert str(told) == f"device cuda: torch {torch.__version__} finds none on this machine"

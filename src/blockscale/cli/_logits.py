@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..checkpoint import open_checkpoint
-from ..errors import BlockscaleError, CheckpointError
+from ..errors import CheckpointError
+from .run import integration
 
 
 def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dict[str, Any]:
@@ -18,12 +19,9 @@ def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dic
     Block-scaled checkpoints run on their stored bytes, others through transformers in their own dtype. Needs
     transformers and a tokenizer in `a`. Both models are in memory at once.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as e:
-        raise BlockscaleError(
-            f"verify --logits needs transformers: pip install 'blockscale[transformers]' ({e})"
-        ) from e
+    integration()
+    from transformers import AutoTokenizer
+
     ids = AutoTokenizer.from_pretrained(a)(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise CheckpointError(f"verify --logits: the text has {ids.numel()} tokens, needs at least 2")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import Any
 
 import torch
@@ -11,10 +13,14 @@ from rich.console import Console
 from ..platform import Platform, detect
 from ..registry import Decision, Plan, Problem
 
+WIDTH = 160
+"""Columns of a table that goes to no terminal: names in a log or an issue shall be whole."""
+
 
 def console() -> Console:
     """stdout, made when it is used, so that a captured or redirected stream is respected."""
-    return Console(soft_wrap=True)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(soft_wrap=True, width=None if known else WIDTH)
 
 
 def print_json(value: Any) -> None:

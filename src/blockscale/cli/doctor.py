@@ -108,9 +108,18 @@ def _operators(platform: Platform) -> list[dict[str, Any]]:
 
 
 def _missing(tools: list[environment.Tool], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """What would become available, and the command that gets it. Only what would serve this device."""
-    refused = " ".join(reason for row in rows if not row["accepted"] for reason in row["reasons"])
-    wanted = {"g++": "native library" in refused, "triton": "triton" in refused, "deep_gemm": "deep_gemm" in refused}
+    """What would become available, and the command that gets it. Only what would serve this device: a kernel that it
+    is the one thing in the way of."""
+
+    def alone(words: str) -> bool:
+        return any(not row["accepted"] and all(words in reason for reason in row["reasons"]) for row in rows)
+
+    wanted = {
+        "g++": alone("native library"),
+        "triton": alone("needs triton"),
+        "deep_gemm": alone("package deep_gemm"),
+        "vllm_xpu_kernels": alone("needs the package vllm-xpu-kernels"),
+    }
     optional = {"transformers", "gguf", "matplotlib"}
     return [
         {"name": t.name, "state": t.state, "brings": t.purpose, "command": t.command}
@@ -127,11 +136,14 @@ def _show(report: dict[str, Any]) -> None:
     for text in report["problems"]:
         out.print(f"[red]PROBLEM[/red]   {escape(text)}", highlight=False)
     table = Table("op", "kernel", "state", "error / bound")
+    if not report["kernels"]:
+        out.print("no kernel was tried")
     for row in report["kernels"]:
         if row["accepted"]:
             error = "" if row["max_error"] is None else f"{row['max_error']:.2g}"
             table.add_row(row["op"], row["kernel"], "runs" if row["ran"] else "[red]BROKEN[/red]", error)
-    out.print(table)
+    if report["kernels"]:
+        out.print(table)
     for row in report["kernels"]:
         if row["accepted"] and not row["ran"]:
             reasons = escape("; ".join(row["reasons"]) or "no tiny problem fits it")
@@ -147,7 +159,8 @@ def _show(report: dict[str, Any]) -> None:
         out.print("to get more")
         for tool in report["missing"]:
             out.print(f"  {tool['brings']} ({tool['name']} {escape(tool['state'])}): {escape(tool['command'])}")
-    out.print("does not serve this device (every reason: --json, or blockscale explain)")
+    if report["kernels"]:
+        out.print("does not serve this device (every reason: --json, or blockscale explain)")
     refusing = {row["kernel"]: row for row in report["kernels"] if not row["accepted"]}
     usable = {row["kernel"] for row in report["kernels"] if row["accepted"]}
     for name, row in refusing.items():

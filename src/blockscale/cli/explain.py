@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
-from ..errors import BlockscaleError, NoKernelError
+from ..errors import BlockscaleError, CheckpointError, NoKernelError
 from ..formats import get_format
 from ..numerics import Numerics, get_numerics
 from ..platform import Platform
@@ -20,6 +20,8 @@ from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
 from ._output import console, decisions_json, plan_json, platform_from, print_json, problem_json
 
+_FORMAT = "fp8_128x128"
+_EXPERTS = ("grouped_linear", "masked_linear", "gathered_linear")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -28,8 +30,10 @@ def register(app: typer.Typer) -> None:
     def command(
         checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint directory.")] = None,
         shape: Annotated[str | None, typer.Option(help="N,K or E,N,K instead of a checkpoint.")] = None,
-        format: Annotated[str, typer.Option(help="Weight format of --shape.")] = "fp8_128x128",
-        op: Annotated[str, typer.Option(help="Operation.")] = "linear",
+        format: Annotated[str | None, typer.Option(help=f"Weight format of --shape. Default: {_FORMAT}.")] = None,
+        op: Annotated[
+            str | None, typer.Option(help="Operation of --shape. Default: linear, and grouped_linear for E,N,K.")
+        ] = None,
         platform: Annotated[
             str | None, typer.Option(help="Describe a platform: kind[:arch][+feature[=version]]…")
         ] = None,
@@ -41,21 +45,29 @@ def register(app: typer.Typer) -> None:
         kernel: Annotated[str | None, typer.Option(help="Order this kernel or family.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
-        """Say which kernel runs, by M, and every reason why the others do not."""
+        """Say which kernel runs, by M (rows of x: tokens), and every reason why the others do not.
+
+        A described platform has only the packages that are named: cuda:sm_80+triton is an A100, rocm:gfx942+triton an
+        MI300, xpu:bmg+triton+vllm-xpu-kernels an Arc B580. docs/platforms.md has more.
+        """
         if (checkpoint is None) == (shape is None):
             raise BlockscaleError("explain: needs either a checkpoint or --shape N,K")
+        if checkpoint is not None and (format or op):
+            raise BlockscaleError("explain: --format and --op describe --shape; a checkpoint has its own")
         if dtype not in _DTYPES:
             raise BlockscaleError(f"explain: --dtype needs one of {', '.join(_DTYPES)}, got {dtype!r}")
         where = platform_from(platform, device)
         policy = None
         if shape is not None:
             simple = "checkpoint" if numerics == "reference" else numerics
-            problems = Counter([_problem(shape, format, op, simple, _DTYPES[dtype])])
+            problems = Counter([_problem(shape, format or _FORMAT, op, simple, _DTYPES[dtype])])
         else:
             assert checkpoint is not None
             found = open_checkpoint(checkpoint)
             policy = model_policy(numerics, found.config)
             problems = _problems(found, policy, _DTYPES[dtype])
+            if not problems:
+                raise CheckpointError(f"{checkpoint}: holds no block-scaled weights; `blockscale quantize` makes them")
         answers = [_answer(problem, where, kernel, count) for problem, count in problems.items()]
         if as_json:
             said = (
@@ -66,15 +78,22 @@ def register(app: typer.Typer) -> None:
         else:
             if policy is not None:
                 _show_policy(policy)
-            for problem in problems:
-                _show(problem, where, kernel, problems[problem])
+            for problem, count in problems.items():
+                _show(problem, where, kernel, count)
+            if len(problems) > 1:
+                _summarize(problems, where, kernel)
+            if platform and not where.features:
+                console().print(f"\ndescribed without packages; with one: {where}+{_lacks(where)}", highlight=False)
 
 
-def _problem(shape: str, format: str, op: str, numerics: str, dtype: torch.dtype) -> Problem:
+def _problem(shape: str, format: str, op: str | None, numerics: str, dtype: torch.dtype) -> Problem:
     try:
         *lead, n, k = (int(part) for part in shape.split(","))
     except ValueError as e:
         raise BlockscaleError(f"explain: --shape needs N,K or E,N,K, got {shape!r}") from e
+    op = op or ("grouped_linear" if lead else "linear")
+    if len(lead) > 1 or bool(lead) != (op in _EXPERTS):
+        raise BlockscaleError(f"explain: {op} needs --shape {'E,N,K' if op in _EXPERTS else 'N,K'}, got {shape!r}")
     fmt = None if op == "dense_linear" else get_format(format)
     if op.endswith("quantize"):
         n = 0
@@ -146,3 +165,20 @@ def _show(problem: Problem, platform: Platform, kernel: str | None, count: int) 
         out.print(f"  {mark}  {decision.kernel.name}", highlight=False)
         for line in decision.reasons or decision.notes:
             out.print(f"             - {escape(line)}", highlight=False)
+
+
+def _summarize(problems: Counter[Problem], platform: Platform, kernel: str | None) -> None:
+    """After pages of reasons, a line for each kind of layer."""
+    out = console()
+    out.print("\nin short", highlight=False)
+    for problem, count in problems.items():
+        plan, _ = _plan(problem, platform, kernel)
+        experts = f"{problem.groups} x " if problem.groups else ""
+        layer = f"{problem.op} {experts}[{problem.n}, {problem.k}] {problem.format}"
+        served = str(plan) if plan else "[red]no kernel[/red]"
+        out.print(f"  {count:4} x {escape(layer)}: {served}", highlight=False)
+
+
+def _lacks(platform: Platform) -> str:
+    """The package without which a described platform has next to nothing."""
+    return "cpu-native" if platform.kind == "cpu" else "triton"

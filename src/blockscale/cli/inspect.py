@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.summary import summarize
@@ -52,7 +52,7 @@ def _show(summary: dict[str, Any]) -> None:
         bits = summary["bits_per_weight"]
         scaled = f"{summary['layers']} block-scaled weights, {_size(summary['layer_bytes'])}"
         out.print(f"{scaled}, {bits:.3f} bits per weight", highlight=False)
-        table = Table("format", "scale", "shape", "layers", "ragged", "for example")
+        table = Table("format", "scale", "shape", "layers", "ragged", _name("for example"))
         for row in summary["shapes"]:
             shape = " x ".join(map(str, row["shape"]))
             ragged = "ragged" if row["ragged"] else ""
@@ -68,7 +68,7 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _show_plan(out: Console, plan: dict[str, Any]) -> None:
-    table = Table("weight", "layers", "stored", "held", "on each rank", "inside blocks", title="sharding plan")
+    table = Table(_name("weight"), "layers", "stored", "held", "on each rank", "inside blocks", title="sharding plan")
     for row in plan["rows"]:
         inside = [f"as {', '.join(row['part_formats'])}"] if row["part_formats"] else []
         inside += [f"{row['cut_groups']} activation groups on two ranks"] if row["cut_groups"] else []
@@ -81,6 +81,11 @@ def _show_plan(out: Console, plan: dict[str, Any]) -> None:
     out.print(f"bytes a rank ({_size(plan['replicated_bytes'])} of them on every rank): {sizes}", highlight=False)
 
 
+def _name(header: str) -> Column:
+    """Folded where the terminal is narrow: a name cut short tells nothing."""
+    return Column(header, overflow="fold")
+
+
 def _runs(sizes: list[int]) -> str:
     """8, 8, 8, 4 -> "3 x 8, 4"."""
     runs = [(size, len(list(same))) for size, same in groupby(sizes)]
@@ -88,12 +93,16 @@ def _runs(sizes: list[int]) -> str:
 
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("ranks", "tensor parallel", "whole", "aligned", "cut inside a block", "uneven", "which")
+    """Numbers of ranks that fit equally well share a row."""
+    table = Table("ranks", "tensor parallel", "whole", "aligned", "cut inside a block", "uneven", _name("which"))
+    alike: dict[tuple[str, ...], list[str]] = {}
     for row in rows[1:]:
         kinds = [kind for found in row["kinds"].values() for kind in found]
         which = (kinds[0] + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else "")) if kinds else ""
         counts = [str(row[kind]) for kind in ("whole", "aligned", "inside", "uneven")]
-        table.add_row(str(row["ranks"]), row["verdict"], *counts, which)
+        alike.setdefault((row["verdict"], *counts, which), []).append(str(row["ranks"]))
+    for said, ranks in alike.items():
+        table.add_row(", ".join(ranks), *said)
     return table
 
 

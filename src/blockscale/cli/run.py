@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
+from ..checkpoint import open_checkpoint
 from ..errors import BlockscaleError
 from . import _ranks
 from ._output import console, print_json
@@ -66,9 +67,7 @@ def run(
     parallel: this process is one rank of many (`integrations.transformers.Parallel`).
     """
     load, measure = integration()
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     where = device if parallel is None else parallel.world.device
     model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=where, parallel=parallel)
     if chat:
@@ -109,6 +108,19 @@ def integration() -> tuple[Any, Any]:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load, measure
+
+
+def _tokenizer(checkpoint: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    open_checkpoint(checkpoint)  # a folder that is not there or not whole says so itself
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as e:
+        why = str(e).splitlines()[0].rstrip(" :")
+        raise BlockscaleError(
+            f"{checkpoint}: no tokenizer that transformers can read ({why}); `blockscale bench model` needs none"
+        ) from e
 
 
 class _Text:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..checkpoint import compare_checkpoints
 from ..errors import BlockscaleError
@@ -61,7 +61,7 @@ def _show(report: dict[str, Any]) -> None:
     unequal = [r for r in report["tensors"] if not r["equal_bytes"]]
     different = sorted((r for r in unequal if r["relative_error"]), key=lambda r: -float(r["relative_error"]))
     if different:
-        table = Table("tensor", "a", "b", "relative error", "largest error")
+        table = Table(Column("tensor", overflow="fold"), "a", "b", "relative error", "largest error")
         for row in different[:_SHOWN]:
             error, worst = f"{row['relative_error']:.3g}", f"{row['max_error']:.3g}"
             table.add_row(row["name"], row["a"], row["b"], error, worst)

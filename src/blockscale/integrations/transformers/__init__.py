@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
 from ...numerics import Numerics
+from ...platform import detect
 from ...policy import Policy
 from . import measure, quantizer, takeover
 from .quantizer import LOADING, Choice, check_version
@@ -49,10 +50,11 @@ def load(
     options: `from_pretrained`'s, e.g. device_map.
 
     Raises CheckpointError when the folder holds no block-scaled weights or contradicts itself, NoKernelError when
-    nothing can run a layer, BlockscaleError for an untested transformers.
+    nothing can run a layer, BlockscaleError for an untested transformers or a device that is not there.
     """
     check_version()
     if device is not None:
+        detect(device)  # a device that is not there is said before anything is read
         options["device_map"] = {"": torch.device(device)}
     checkpoint = open_checkpoint(path)
     if not checkpoint.layers:
