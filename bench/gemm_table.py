@@ -24,9 +24,10 @@ def geomean(values: Iterable[float]) -> float:
 def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     """Host microseconds of one eager call at M=1, and what it is made of; medians of nine runs of 100 calls.
 
-    linear: `ops.linear`; module: `nn.Linear`; bf16: torch's own; kernel: the kernel's `run` alone; launches: its two
-    kernels started with parameters that lie ready, which is the raw cost of launching; triton: the same two through
-    Triton's launcher.
+    linear: `ops.linear`; cube: the same for x of three dimensions; module: `nn.Linear`; bf16: torch's own; kernel: what
+    the kernel bound, alone; launches: its two kernels started with parameters that lie ready, which is the raw cost of
+    launching; empty: the allocation of y; triton: the same two kernels through Triton's launcher; block: `linear` by
+    triton.block. overhead: linear - launches.
     """
     from blockscale import nn, quantize
     from blockscale.kernels.gluon import eager, gemm
@@ -35,10 +36,12 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     sms = int(detect("cuda").value("sms") or 0)
     w = quantize(torch.randn(n, k, device="cuda"), "fp8_128x128")
     x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-    module = nn.Linear(w)
+    cube = x.view(1, 1, k)
+    module, other = nn.Linear(w), quantize(torch.randn(n, k, device="cuda"), "fp8_128x128")
     problem = ops.linear_problem(w, torch.bfloat16)
     act = problem.activation_format
     assert act is not None
+    bound = eager.linear(problem)
     prepared = eager.Prepared(problem, x, w, None, torch.cuda.current_stream().cuda_stream)
     q = group.quantize(x, act, 1e-10)
     y = torch.empty(1, n, device="cuda", dtype=torch.bfloat16)
@@ -46,15 +49,18 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
         group.launch(x, q.data, q.scale, False, 1e-10),
         gemm.launch(q, w, None, y, prepared.config, sms, early=True),
     )
+    dense = torch.randn(64, k, device="cuda", dtype=torch.bfloat16)
     calls = {
         "linear": lambda: ops.linear(x, w),
-        "kernel": lambda: eager.linear(problem, x, w, None),
+        "cube": lambda: ops.linear(cube, w),
+        "kernel": lambda: bound(x, w.data, w.scale, None, None, None, 1),
         "launches": lambda: (prepared.quantize.enqueue(), prepared.multiply.enqueue()),
+        "empty": lambda: x.new_empty(1, n),
         "triton": lambda: (first.run(), second.run()),
+        "block": lambda: ops.linear(x, other, kernel="triton.block"),
         "module": lambda: module(x),
         "bf16": lambda: torch.nn.functional.linear(x, dense),
     }
-    dense = torch.randn(64, k, device="cuda", dtype=torch.bfloat16)
     result = {}
     with torch.no_grad():
         for name, call in calls.items():
@@ -69,7 +75,7 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
                 spans.append((time.perf_counter() - start) / 100 * 1e6)
                 torch.cuda.synchronize()
             result[name] = round(sorted(spans)[4], 2)
-    return result
+    return {"overhead": round(result["linear"] - result["launches"], 2), **result}
 
 
 def summary(rows: list[dict], peer: str | None) -> dict[str, dict[str, float]]:

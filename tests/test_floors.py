@@ -13,10 +13,10 @@ FLOOR = {
     "layouts": 3, "contract": 3, "reference": 4, "fakes": 4,
     "registry": 5, "tuning": 5, "routed": 5,
     "kernels": 6,
-    "library": 7, "gradients": 8, "ops": 9,
-    "nn": 10, "checkpoint": 10,
-    "parallel": 11, "conformance": 11, "integrations": 12,
-    "cli": 13, "__init__": 14, "__main__": 14,
+    "library": 7, "shortcut": 8, "gradients": 9, "ops": 10,
+    "nn": 11, "checkpoint": 11,
+    "parallel": 12, "conformance": 12, "integrations": 13,
+    "cli": 14, "__init__": 15, "__main__": 15,
 }  # fmt: skip
 HARDWARE = (
     "is_available(",

@@ -11,23 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import library
+from . import shortcut
 from .errors import BlockscaleError
 from .library import OPS
 
 
 def linear(x: Tensor, *args: Any) -> Tensor:
-    """`OPS.linear` that knows its gradient. A graph is built only where one is asked for: inference pays nothing."""
+    """`OPS.linear` that knows its gradient. A graph is built only where one is asked for."""
     if torch.is_grad_enabled() and (x.requires_grad or (args[4] is not None and args[4].requires_grad)):
         return cast(Tensor, _Linear.apply(x, *args))  # type: ignore[no-untyped-call]
-    return library.linear(x, *args)
+    return cast(Tensor, OPS.linear(x, *args))
 
 
 def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.grouped_linear` that knows its gradient."""
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _GroupedLinear.apply(x, *args))  # type: ignore[no-untyped-call]
-    return library.grouped_linear(x, *args)
+    return shortcut.grouped_linear(x, *args)
 
 
 def refuse(op: str, *operands: Tensor, instead: str) -> None:

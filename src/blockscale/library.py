@@ -9,12 +9,12 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import _C, Tensor
-from torch.nn import Parameter
+from torch import Tensor
 
 from . import fakes, reference, registry
 from .errors import ShapeError
@@ -48,7 +48,7 @@ _SCHEMAS = {
 
 
 @cache
-def _bind_weight(
+def bind_weight(
     op: str, x_dtype: torch.dtype, device: torch.device, groups: int, static: bool,
     n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> tuple[Problem, Plan, Format]:  # fmt: skip
@@ -86,7 +86,7 @@ def _bind_matmul(
     return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False)
 
 
-registry.on_change += [f.cache_clear for f in (_bind_weight, _bind_result, _bind_dense, _bind_matmul)]
+registry.on_change += [f.cache_clear for f in (bind_weight, _bind_result, _bind_dense, _bind_matmul)]
 
 
 def _call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
@@ -111,7 +111,7 @@ def _linear(
     bias: Tensor | None, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     static = input_scale is not None
-    problem, plan, fmt = _bind_weight("linear", x.dtype, x.device, 0, static, n, k, format, layout, numerics, kernel)
+    problem, plan, fmt = bind_weight("linear", x.dtype, x.device, 0, static, n, k, format, layout, numerics, kernel)
     if x.shape[-1] != k:
         raise _other_k(x, k)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
@@ -130,7 +130,7 @@ def _experts(
 ) -> Tensor:  # fmt: skip
     """rows: of the result, `shape` without N; `where` says which expert has which."""
     experts, static = scale.shape[0], input_scale is not None
-    problem, plan, fmt = _bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
+    problem, plan, fmt = bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
     if x.shape[-1] != k:
         raise _other_k(x, k)
     if rows == 0:
@@ -247,55 +247,27 @@ def _stack(parts: tuple[Tensor, ...], lead: torch.Size) -> Tensor:
 
 # -- the ops ------------------------------------------------------------------------------------------------------
 
-for _name, _run, _fake in (
-    ("linear", _linear, fakes.linear),
-    ("grouped_linear", _grouped_linear, fakes.linear),
-    ("masked_linear", _masked_linear, fakes.linear),
-    ("gathered_linear", _gathered_linear, fakes.gathered_linear),
-    ("linear_input_grad", _linear_input_grad, fakes.linear_input_grad),
-    ("matmul", _matmul, fakes.matmul),
-    ("dense_linear", _dense_linear, fakes.dense_linear),
-    ("quantize", _quantize, fakes.quantize),
-    ("swiglu_quantize", _swiglu_quantize, fakes.swiglu_quantize),
-    ("rmsnorm_quantize", _rmsnorm_quantize, fakes.rmsnorm_quantize),
-):
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "grouped_linear": _grouped_linear,
+    "masked_linear": _masked_linear,
+    "gathered_linear": _gathered_linear,
+    "linear_input_grad": _linear_input_grad,
+    "matmul": _matmul,
+    "dense_linear": _dense_linear,
+    "quantize": _quantize,
+    "swiglu_quantize": _swiglu_quantize,
+    "rmsnorm_quantize": _rmsnorm_quantize,
+}
+"""What the ops run, by name, for `shortcut`."""
+
+_FAKES = {"grouped_linear": fakes.linear, "masked_linear": fakes.linear}
+
+for _name, _run in IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _fake = _FAKES.get(_name) or getattr(fakes, _name)
     torch.library.register_fake(f"blockscale::{_name}", _fake, lib=_LIBRARY)
 
 OPS = torch.ops.blockscale
 """The ops, as `torch.ops.blockscale`, once their schemas exist."""
-
-
-# -- the same ops, past torch's dispatcher where nobody listens there ---------------------------------------------
-
-
-def linear(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
-    """`OPS.linear`. The dispatcher takes 4 of the 15 microseconds of a small eager call on a CPU."""
-    return cast(Tensor, (_linear if _unheard(x, data) else OPS.linear)(x, data, *rest))
-
-
-def grouped_linear(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
-    """`OPS.grouped_linear`."""
-    return cast(Tensor, (_grouped_linear if _unheard(x, data) else OPS.grouped_linear)(x, data, *rest))
-
-
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
-    """`OPS.dense_linear`."""
-    return cast(Tensor, (_dense_linear if _unheard(x, weight) else OPS.dense_linear)(x, weight, bias, kernel))
-
-
-def _unheard(x: Tensor, weight: Tensor) -> bool:
-    """Whether the dispatcher would only hand these plain tensors on: nothing compiles, traces, profiles, transforms or
-    intercepts, and there is data to compute with."""
-    return (
-        type(x) is Tensor
-        and (type(weight) is Tensor or type(weight) is Parameter)
-        and not torch.compiler.is_compiling()  # first, since a compiler cannot follow the questions below
-        and not x.is_meta
-        and not watched()
-        and _C._len_torch_dispatch_stack() == 0
-        and _C._len_torch_function_stack() == 0
-        and _C._functorch.peek_interpreter_stack() is None
-        and _C._get_tracing_state() is None
-    )

@@ -60,12 +60,16 @@ def registered_here(kernel: Kernel) -> bool:
 
 def forget() -> None:
     """Drop every memoised choice: the kernels changed, or what is known of them."""
+    global age
+    age += 1
     kernels.cache_clear()
     _select.cache_clear()
     for callback in on_change:
         callback()
 
 
+age = 0
+"""Grows whenever the set of kernels changes, or what is known of them: a choice of another age is made anew."""
 on_change: list[Any] = []
 """Called after the set of kernels changed: whoever memoises a choice clears it here."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class BlockScaled:
     shape: tuple[int, ...] = ()
     global_scale: Tensor | None = None
     input_scale: Tensor | None = None
+    bound: ClassVar[Any] = None
+    """What the last `linear` with this weight found out (`shortcut.Bound`); no part of the value."""
 
     def __post_init__(self) -> None:
         if not self.shape:

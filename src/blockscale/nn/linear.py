@@ -9,12 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import gradients, registry
+from .. import gradients, registry, shortcut
 from ..errors import DtypeError, ShapeError
 from ..formats import Format, get_format
 from ..layouts import convert, get_layout
 from ..numerics import Numerics, get_numerics
-from ..ops import linear_problem
+from ..ops import linear, linear_problem
 from ..platform import Platform
 from ..registry import Plan
 from ..tensor import BlockScaled
@@ -122,6 +122,7 @@ class WeightModule(StoredModule):
 
     def _hold(self, weight: BlockScaled) -> None:
         self.format, self.layout, self._policy = weight.format, weight.layout, str(self.numerics)
+        self._bound = None
         for name, part in zip(
             self.stored, (weight.data, weight.scale, weight.global_scale, weight.input_scale), strict=True
         ):
@@ -190,10 +191,18 @@ class Linear(WeightModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        buffers, names = self._buffers, self.names
+        buffers, names, bias = self._buffers, self.names, self.bias
+        parts = buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale]
+        y = shortcut.again(self._bound, x, *parts, bias, self._policy, self.kernel)
+        if y is not None:
+            return y
+        if shortcut.plain(x, parts[0], bias):
+            weight = self.quantized
+            y = linear(x, weight, bias, numerics=self._policy, kernel=self.kernel)
+            self._bound = weight.bound
+            return y
         return gradients.linear(
-            x, buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale],
-            self.bias, self.out_features, self.in_features, self.format.name, self.layout, self._policy,
+            x, *parts, bias, self.out_features, self.in_features, self.format.name, self.layout, self._policy,
             self.kernel or "",
         )  # fmt: skip
 

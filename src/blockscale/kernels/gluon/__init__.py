@@ -7,7 +7,6 @@ launch. Triton is imported when a kernel first runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,14 +80,12 @@ class _Linear(_Gluon):
             yield f"act_floor {problem.numerics.act_floor:g} is below {_SMALLEST_FLOOR:g}: scales could be subnormal"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-        return _eager()(problem, x, w, bias)
+        return self.bind(problem)(x, w.data, w.scale, None, None, bias, x.shape[0])
 
+    def bind(self, problem: Problem) -> Callable[..., Tensor]:
+        from .eager import linear  # imports triton
 
-@cache
-def _eager() -> Callable[[Problem, Tensor, BlockScaled, Tensor | None], Tensor]:
-    from .eager import linear  # imports triton
-
-    return linear
+        return linear(problem)
 
 
 class _Matmul(_Gluon):

@@ -2,14 +2,17 @@
 
 A call allocates y, puts its address and that of x in place and starts two kernels. Quantized x, its scales and partial
 tiles lie in scratch memory that a thread keeps for each stream, where launches run one after another; large ones are
-allocated by each call. A captured call goes through Triton's launcher, with memory and tickets of its own: its replays
-may run beside anything, and cost the host nothing anyway.
+allocated by each call. What a thread prepared goes when it ends, and so does its scratch memory.
+
+Two kinds of calls go through Triton's launcher, with memory of their own. Captured ones: their replays may run beside
+anything, and cost the host nothing anyway. Those on a stream that another library made (`torch.cuda.ExternalStream`):
+when it is destroyed, the next one may have its handle while its kernels still run. torch never destroys its own.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from threading import get_ident
+from threading import local
 
 import torch
 from torch import Tensor
@@ -21,11 +24,12 @@ from ...tensor import BlockScaled
 from . import gemm, quantize
 from .config import Config, ceil_div, floats
 from .direct import Direct, check_launch
+from .launch import is_external
 from .selection import choose
 
 _MOST_PREPARED = 1 << 13
-_KEPT_SCRATCH = 1 << 24
-"""Bytes of scratch memory that each pair of thread and stream keeps."""
+_LEAST_SCRATCH, _KEPT_SCRATCH = 1 << 20, 1 << 24
+"""Bytes of the smallest and of the largest scratch memory that a thread keeps for a stream."""
 _READ_AS_STORED = (torch.float32, torch.float8_e8m0fnu)  # weight scales that no conversion comes before
 
 
@@ -44,18 +48,18 @@ class Prepared:
         config, sms = _config(problem, x)
         self.config = config
         per_16_bytes = 16 // problem.out_dtype.itemsize
-        self.y_shape = (m, ceil_div(n, per_16_bytes) * per_16_bytes)
+        self.m, self.n, self.y_cols = m, n, ceil_div(n, per_16_bytes) * per_16_bytes
         groups, ld = ceil_div(k, 128), ceil_div(m, 4) * 4
         self.scale_at = ceil_div(m * k, 128) * 128
         self.parts_at = self.scale_at + ceil_div(groups * ld * 4, 128) * 128
         self.splits = floats(config, m, n, k, sms)
         self.bytes = self.parts_at + 4 * self.splits
         self.device = x.device
-        self.kept = _scratch(x.device, stream, get_ident()) if self.bytes <= _KEPT_SCRATCH else None
+        self.kept = _scratch(x.device, stream, self.bytes)
         scratch = self._allocate() if self.kept is None else self.kept
         data = scratch[: m * k].view(torch.float8_e4m3fn).view(m, k)
         scale = scratch[self.scale_at : self.scale_at + groups * ld * 4].view(torch.float32).view(groups, ld)
-        y = torch.empty(self.y_shape, device=x.device, dtype=problem.out_dtype)
+        y = torch.empty(m, self.y_cols, device=x.device, dtype=problem.out_dtype)
         q = BlockScaled.trusted(data, scale, get_format("fp8_1x128"), "tma", (m, k))
         first = quantize.launch(x, data, scale, act.scale_rounding == "pow2_ceil", problem.numerics.act_floor)
         parts = scratch[self.parts_at : self.bytes].view(torch.float32) if self.splits else None
@@ -71,22 +75,22 @@ class Prepared:
     def _allocate(self) -> Tensor:
         return torch.empty(self.bytes, device=self.device, dtype=torch.uint8)
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(self.y_shape)
-        self.x_address.value = x.data_ptr()
+    def __call__(self, x: Tensor, x_address: int, bias: Tensor | None) -> Tensor:
+        """x: [..., K], its M rows one after another from `x_address`."""
+        y = x.new_empty(self.m, self.y_cols) if x.dim() == 2 else x.new_empty(*x.shape[:-1], self.y_cols)
+        self.x_address.value = x_address
         if bias is not None:
             self.bias_address.value = bias.data_ptr()
-        if self.y_map is not None:
-            self.y_map.point_to(y.data_ptr())
-        elif self.y_address is not None:
+        if self.y_address is not None:
             self.y_address.value = y.data_ptr()
+        elif self.y_map is not None:
+            self.y_map.point_to(y.data_ptr())
         if self.kept is None:
             scratch = self._allocate()  # named: it must outlive the launches
             self._use(scratch.data_ptr())
         if result := self.quantize.enqueue() or self.multiply.enqueue():
             check_launch(result)
-        n = self.problem.n
-        return y if self.y_shape[1] == n else y[:, :n].contiguous()
+        return y if self.y_cols == self.n else y[..., : self.n].contiguous()
 
     def _use(self, scratch: int) -> None:
         first, second = self.quantize, self.multiply
@@ -98,9 +102,31 @@ class Prepared:
             second.pointers["workspace"].value = scratch + self.parts_at
 
 
-@cache
-def _scratch(device: torch.device, stream: int, thread: int) -> Tensor:
-    return torch.empty(_KEPT_SCRATCH, device=device, dtype=torch.uint8)
+class _Kept(local):
+    """What a thread has prepared, and its scratch memory by device and stream: a launch is not safe to share, since
+    two threads that change its addresses would meet in them."""
+
+    def __init__(self) -> None:
+        self.prepared: dict[tuple[int, ...], Prepared] = {}
+        self.scratch: dict[tuple[torch.device, int], Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def _scratch(device: torch.device, stream: int, size: int) -> Tensor | None:
+    """Memory for launches on this stream, at least `size` bytes; None where that is too much to keep.
+
+    It grows in powers of two: whatever holds a smaller piece goes on using that. Freed memory returns to the stream
+    that it was allocated on, which is the only one that used it, so no launch in flight can lose it.
+    """
+    if size > _KEPT_SCRATCH:
+        return None
+    found = _kept.scratch.get((device, stream))
+    if found is None or found.numel() < size:
+        grown = max(_LEAST_SCRATCH, 1 << (size - 1).bit_length())
+        found = _kept.scratch[device, stream] = torch.empty(grown, device=device, dtype=torch.uint8)
+    return found
 
 
 def _config(problem: Problem, x: Tensor) -> tuple[Config, int]:
@@ -109,51 +135,73 @@ def _config(problem: Problem, x: Tensor) -> tuple[Config, int]:
     return choose(x.shape[0], problem.n, problem.k, sms, platform.value("chip") or ""), sms
 
 
-_prepared: dict[tuple[int, ...], Prepared] = {}
-
-
 _device = getattr(torch._C, "_cuda_getDevice", None)
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _captures = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 # straight from torch's library: the functions of torch.cuda around them cost a microsecond a call
 
 
-def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-    """`quantize(x) @ w.T + bias`: [M, N]. x: [M, K] on the weight's device."""
-    assert _device is not None
-    assert _stream is not None
-    assert _captures is not None
-    device = x.get_device()
-    rows, cols = x.stride()
-    if _device() != device or cols != 1 or _captures():
-        return _elsewhere(problem, x, w, bias)
-    # kernels are compiled for aligned or unaligned addresses; what is prepared holds addresses, so it is a thread's own
-    aligned = x.data_ptr() % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
-    stream = _stream(device)
-    key = (w.data.data_ptr(), w.scale.data_ptr(), x.shape[0], rows, aligned, stream, get_ident())
-    prepared = _prepared.get(key)
-    if prepared is None or prepared.problem is not problem:
-        if w.scale.dtype not in _READ_AS_STORED:
-            return _through_triton(problem, x, w, bias)
-        if len(_prepared) >= _MOST_PREPARED:
-            _prepared.clear()
-        _prepared[key] = prepared = Prepared(problem, x, w, bias, stream)
-    return prepared(x, bias)
+class Linear:
+    """`quantize(x) @ w.T + bias` for one problem, as `shortcut.Call`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __call__(
+        self, x: Tensor, data: Tensor, scale: Tensor, level: Tensor | None, static: Tensor | None, bias: Tensor | None,
+        m: int,
+    ) -> Tensor:  # fmt: skip
+        """x: [..., K] with m rows on the weight's device -> [..., N]. level, static: the format has none."""
+        assert _device is not None
+        assert _stream is not None
+        assert _captures is not None
+        device = x.get_device()
+        if x.is_contiguous():
+            distance = self.problem.k
+        elif x.dim() == 2 and x.stride(1) == 1:
+            distance = x.stride(0)
+        else:
+            return self._elsewhere(x.contiguous(), data, scale, bias, m)
+        if _device() != device or _captures():
+            return self._elsewhere(x, data, scale, bias, m)
+        # kernels are compiled for aligned or unaligned addresses; what is prepared holds the weight's
+        address, stream = x.data_ptr(), _stream(device)
+        aligned = address % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
+        key = (data.data_ptr(), scale.data_ptr(), m, distance, aligned, stream)
+        prepared = _kept.prepared.get(key)
+        if prepared is None or prepared.problem is not self.problem:
+            if scale.dtype not in _READ_AS_STORED or is_external(x.device):
+                return self._through_triton(x, data, scale, bias, m)
+            if len(_kept.prepared) >= _MOST_PREPARED:
+                _kept.prepared.clear()
+            rows = x if x.dim() == 2 else x.view(m, self.problem.k)
+            prepared = Prepared(self.problem, rows, self._weight(data, scale), bias, stream)
+            _kept.prepared[key] = prepared
+        return prepared(x, address, bias)
+
+    def _weight(self, data: Tensor, scale: Tensor) -> BlockScaled:
+        assert self.problem.format is not None
+        return BlockScaled.trusted(data, scale, self.problem.format, "row", (self.problem.n, self.problem.k))
+
+    def _elsewhere(self, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, m: int) -> Tensor:
+        """Calls that cannot be started as they come: on another device than the current one, strided, or captured."""
+        with torch.cuda.device(x.device):
+            if torch.cuda.is_current_stream_capturing():
+                return self._through_triton(x, data, scale, bias, m)
+            return self(x, data, scale, None, None, bias, m)
+
+    def _through_triton(self, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, m: int) -> Tensor:
+        problem = self.problem
+        act = problem.activation_format
+        assert act is not None
+        rows = x if x.dim() == 2 else x.view(m, problem.k)
+        config, sms = _config(problem, rows)
+        q = quantize.quantize(rows, act, problem.numerics.act_floor)
+        y = gemm.multiply(q, self._weight(data, scale), bias, problem.out_dtype, config, sms, early=True)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], problem.n)
 
 
-def _elsewhere(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-    """Calls that cannot be started as they come: on another device than the current one, strided, or captured."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    with torch.cuda.device(x.device):
-        if torch.cuda.is_current_stream_capturing():
-            return _through_triton(problem, x, w, bias)
-        return linear(problem, x, w, bias)
-
-
-def _through_triton(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
-    act = problem.activation_format
-    assert act is not None
-    config, sms = _config(problem, x)
-    q = quantize.quantize(x, act, problem.numerics.act_floor)
-    return gemm.multiply(q, w, bias, problem.out_dtype, config, sms, early=True)
+@cache
+def linear(problem: Problem) -> Linear:
+    """The one `Linear` of a problem."""
+    return Linear(problem)

@@ -71,17 +71,29 @@ _of_stream: dict[tuple[int, int], Tensor] = {}
 _of_graphs: dict[int, tuple[Tensor, int]] = {}  # device -> (counters, how many are given away)
 
 
+def is_external(device: torch.device) -> bool:
+    """Whether the current stream is another library's: its handle may be a destroyed stream's, and another's soon.
+
+    torch numbers its own streams, which live as long as the process; the number of any other is its handle.
+    """
+    stream = torch.cuda.current_stream(device)
+    return stream.cuda_stream != 0 and stream.stream_id == stream.cuda_stream
+
+
 def take_tickets(device: torch.device, count: int) -> Tensor:
     """`count` int32 counters that are zero when the kernel starts; the kernel leaves them at zero.
 
-    Launches on one stream run one after another and share the stream's counters. A captured launch may be replayed
-    beside any other, so it gets counters of its own for good: from a stock made by the first eager call, or, when that
-    is used up, cleared inside the graph. Nothing ever grows or moves under a captured address.
+    Launches on one stream run one after another and share the stream's counters; on a stream that is not torch's,
+    they are cleared for each launch. A captured launch may be replayed beside any other, so it gets counters of its own
+    for good: from a stock made by the first eager call, or, when that is used up, cleared inside the graph. Nothing
+    ever grows or moves under a captured address.
     """
     if device.type != "cuda":  # compiling on a machine without a GPU
         return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
         return _graph_tickets(device, count)
+    if is_external(device):
+        return torch.zeros(count, device=device, dtype=torch.int32)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _of_stream:
         _of_stream[key] = torch.zeros(_STREAM_TICKETS, device=device, dtype=torch.int32)
