@@ -123,7 +123,7 @@ def test_an_x_of_another_k_is_an_error(k):
     w = blockscale.quantize(torch.randn(3, 192, 576), "fp8_128x128")
     ends = torch.tensor([1, 2, 4], dtype=torch.int32)
     for shape in ((4, k), (2, 2, k), (k,)):
-        with pytest.raises(ShapeError, match=rf"x \[.*{k}\] meets a weight of K=576"):
+        with pytest.raises(ShapeError, match=rf"x \[.*{k}\] .*576"):
             Linear(w[0])(torch.randn(shape))
         with pytest.raises(ShapeError, match=r"K=576"):
             DenseLinear(576, 8).requires_grad_(False)(torch.randn(shape))
