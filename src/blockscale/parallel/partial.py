@@ -1,7 +1,7 @@
 """Two ops that one device never needs: sums that are not finished yet, and x that arrives quantized.
 
-- `partial_linear`, `partial_grouped_linear`: as `linear` and `grouped_linear`, but the result stays in fp32 whatever x
-  is, because it is one addend of a sum over ranks.
+- `partial_linear`, `partial_grouped_linear`: as `linear` and `grouped_linear`, but the result is in fp32 whatever x is,
+  because it is one addend of a sum over ranks. Of a linear, in bf16 where the numerics ask for it (`Numerics.sums`).
 - `scaled_linear`: x comes as quantized data and scales (over the wire), and is not quantized again.
 
 torch.compile sees them as opaque ops with fake implementations, like those of `library`.
@@ -37,8 +37,9 @@ def _bind(
     op: str, x_dtype: torch.dtype, device: torch.device, groups: int, static: bool,
     n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> tuple[Problem, Plan, Format]:  # fmt: skip
-    fmt = get_format(format)
-    problem = Problem(op, n, k, x_dtype, fmt, layout, torch.float32, get_numerics(numerics), groups, static)
+    fmt, policy = get_format(format), get_numerics(numerics)
+    out = policy.sum_dtype if op == "linear" else torch.float32
+    problem = Problem(op, n, k, x_dtype, fmt, layout, out, policy, groups, static)
     return problem, registry.plan_for(problem, device, kernel=kernel or None, repack=False), fmt
 
 
@@ -63,7 +64,7 @@ def _partial_linear(
     problem, plan, fmt = _bind("linear", x.dtype, x.device, 0, static, n, k, format, layout, numerics, kernel)
     flat = x.reshape(-1, k)
     if flat.shape[0] == 0:
-        return _fake_linear(x, data, scale, global_scale, input_scale, n)
+        return x.new_empty(*x.shape[:-1], n, dtype=problem.out_dtype)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
     y: Tensor = plan.pick(flat.shape[0]).run(problem, flat, w, None)
     return y.view(*x.shape[:-1], n)
@@ -96,7 +97,8 @@ def _scaled_linear(
 
 
 def _fake_linear(x: Tensor, *args: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], cast(int, args[4]), dtype=torch.float32)
+    sums = get_numerics(cast(str, args[8])).sum_dtype
+    return x.new_empty(*x.shape[:-1], cast(int, args[4]), dtype=sums)
 
 
 def _fake_grouped(x: Tensor, *args: object) -> Tensor:
