@@ -27,7 +27,7 @@ def test_direct_sums_over_processes(size, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(size)
     ]
     try:

@@ -5,7 +5,6 @@ process, of every rank's shared memory. All ranks add in the order of their numb
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: SIM108 (branches on constexprs are chosen when a kernel is compiled)
 from __future__ import annotations
 
 from typing import Any
@@ -44,7 +43,7 @@ def sum_kernel(
     mine = tl.load(x_ptr + at, mask=inside, other=0.0)
     for step in tl.static_range(1, WORLD):
         base = tl.load(addresses + (RANK + step) % WORLD) + (turn + RANK) * SLOT
-        tl.store(base.to(tl.pointer_type(dtype)) + at, mine, mask=inside)
+        tl.store(tl.multiple_of(base.to(tl.pointer_type(dtype)), 16) + at, mine, mask=inside)
     tl.debug_barrier()  # every thread's share is written before one of them says so
     for step in tl.static_range(1, WORLD):
         base = tl.load(addresses + (RANK + step) % WORLD) + FLAGS
@@ -60,7 +59,7 @@ def sum_kernel(
         if source == RANK:
             total += mine.to(tl.float32)
         else:
-            slot = (here + (turn + source) * SLOT).to(tl.pointer_type(dtype))
+            slot = tl.multiple_of((here + (turn + source) * SLOT).to(tl.pointer_type(dtype)), 16)
             total += tl.load(slot + at, mask=inside, other=0.0, volatile=True).to(tl.float32)
     if BIAS:
         total += tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(tl.float32)
@@ -111,7 +110,7 @@ def sum_small(
 def add_arrived(
     x: Tensor, slots: Tensor, y: Tensor, again: Tensor | None, bias: Tensor | None, rank: int, ranks: int, slot: int
 ) -> None:
-    """`y = again = x + what lies in the slots (+ bias)`. slots: where they begin; `slot`: elements from one to the next."""
+    """`y = again = x + what lies in the slots (+ bias)`. slots: where they begin; slot: elements to the next one."""
     launch: Any = add_kernel[(triton.cdiv(x.numel(), _ROWS),)]
     launch(
         x, slots, y, again, bias, x.numel(), x.shape[-1], slot, rank, ranks, _ROWS, bias is not None,
