@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     options = parser.parse_args()
     wanted = options.only.split(",")
-    with joined(options.device, timeout=45) as world, torch.inference_mode():
+    with joined(options.device, timeout=45, sums="backend") as world, torch.inference_mode():
         b = Bench(world, TINY if options.tiny else DEEPSEEK, options.out, options.budget)
         name = torch.cuda.get_device_name() if b.gpu else "cpu"
         b.keep("machine", {"device": name, "ranks": world.size, "torch": torch.__version__})
