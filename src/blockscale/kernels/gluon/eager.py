@@ -72,7 +72,8 @@ class Prepared:
         return torch.empty(self.bytes, device=self.device, dtype=torch.uint8)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(self.y_shape)
+        out = self.problem.out_dtype  # not always x's: a partial sum over ranks is fp32
+        y = x.new_empty(self.y_shape) if out is x.dtype else x.new_empty(self.y_shape, dtype=out)
         self.x_address.value = x.data_ptr()
         if bias is not None:
             self.bias_address.value = bias.data_ptr()
