@@ -94,7 +94,8 @@ class DirectGroup(Group):
         begin, end = owners[self.rank]
         y = torch.empty(end - begin if scatter else rows, width, dtype=dtype, device=memory.addresses.device)
         own = 0 if scatter else begin
-        fits = max(1, self._slot // (width * max(sums.itemsize, dtype.itemsize)))
+        most = max(1, self._slot // (width * max(sums.itemsize, dtype.itemsize)))
+        fits = -(-owners[0][1] // -(-owners[0][1] // most))  # rounds alike
         for start in range(0, owners[0][1], fits):
             now = [(min(b + start, e), min(b + start + fits, e)) for b, e in owners]
             mine = now[self.rank][1] - now[self.rank][0]

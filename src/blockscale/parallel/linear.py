@@ -10,11 +10,13 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import BlockscaleError, ShapeError
+from ..formats import Format
+from ..layouts import convert
 from ..nn import BlockDiagonalLinear, DenseLinear, Linear
 from ..tensor import BlockScaled
 from .collectives import Arriving, Group
 from .cuts import Range
-from .partial import OPS
+from .partial import OPS, layout_read
 from .piece import Piece
 from .wire import Wire, wire_of
 
@@ -74,7 +76,7 @@ class ColumnParallelLinear(Linear):
         if fmt is None:
             return self.group.start_gather([x], own=own)
         q = ops.quantize(
-            x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=_family(self.kernel)
+            x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=family(self.kernel)
         )
         return self.send_quantized(q, own=own)
 
@@ -88,8 +90,8 @@ class ColumnParallelLinear(Linear):
         """Everybody's rows times this rank's part: `[rows, n]` in `dtype`."""
         return self.multiply_sent(sent.whole(), dtype)
 
-    def multiply_sent(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """The same for rows that are here, as `Arriving` gives them."""
+    def multiply_sent(self, rows: list[Tensor], dtype: torch.dtype, layout: str = "row") -> Tensor:
+        """The same for rows that are here, as `Arriving` gives them. layout: in which they were quantized."""
         fmt = self.wire.format
         if fmt is None:
             return super().forward(rows[0])
@@ -97,7 +99,7 @@ class ColumnParallelLinear(Linear):
         out = dtype if self.bias is None else torch.float32
         y: Tensor = OPS.scaled_linear(
             rows[0], rows[1], buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
-            self.format.name, self.layout, fmt.name, out, _family(self.kernel) or "",
+            self.format.name, self.layout, fmt.name, layout, out, family(self.kernel) or "",
         )  # fmt: skip
         return y if self.bias is None else (y + self.bias.float()).to(dtype)
 
@@ -107,7 +109,12 @@ class ColumnParallelLinear(Linear):
         return f"{super().extra_repr()}, rank {self.group.rank} of {self.group.size}, output {end}{wire}"
 
 
-def _family(kernel: str | None) -> str | None:
+def reads(layer: Linear, act: Format, rows: int, out_dtype: torch.dtype) -> str:
+    """The layout of quantized x that the kernel for so many rows reads without a step between."""
+    return layout_read(layer.quantized, act, rows, out_dtype, family(layer.kernel) or "")
+
+
+def family(kernel: str | None) -> str | None:
     """An order for a linear, as one for the kernels beside it: "triton.block" also quantizes with "triton"."""
     return None if kernel is None else kernel.partition(".")[0]
 
@@ -171,7 +178,8 @@ class RowParallelLinear(Linear):
         buffers, names = self._buffers, self.names
         y: Tensor = OPS.scaled_linear(
             q.data, q.scale, buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
-            self.format.name, self.layout, q.format.name, self.numerics.sum_dtype, _family(self.kernel) or "",
+            self.format.name, self.layout, q.format.name, q.layout, self.numerics.sum_dtype,
+            family(self.kernel) or "",
         )  # fmt: skip
         return y
 
@@ -209,6 +217,7 @@ def rows_of(q: BlockScaled, begin: int, end: int) -> BlockScaled:
     """Some rows of a quantized `[rows, K]` in which a scale serves one row."""
     if (begin, end) == (0, q.shape[0]):
         return q
+    q = convert(q, "row")
     data = q.data.view(torch.uint8)[begin:end].view(q.data.dtype)
     return BlockScaled.trusted(data, q.scale[begin:end], q.format, "row", (end - begin, q.shape[1]))
 

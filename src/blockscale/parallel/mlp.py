@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..tensor import BlockScaled
 from .collectives import Arriving
-from .linear import ColumnParallelLinear, RowParallelLinear, rows_of
+from .linear import ColumnParallelLinear, RowParallelLinear, family, reads, rows_of
 
 
 class ParallelMLP(nn.Module):
@@ -50,32 +52,36 @@ class ParallelMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _in_turns(self, x: Tensor, rows: int) -> Tensor:
-        sent, group = self._send(x, own=False), self.down.group
-        here = x.shape[0]
-        hidden = {group.rank: self._hidden(sent.of(group.rank), x.dtype)}
-        hidden |= {r: self._hidden(sent.of(r), x.dtype) for r in range(group.size) if r != group.rank}
+        group, down, wire, here = self.down.group, self.down, self.gate_up.wire.format, x.shape[0]
+        sends = "row" if wire is None else reads(self.gate_up, wire, here, x.dtype)
+        keeps = reads(down, self._act, here, down.numerics.sum_dtype)
+        sent = self._send(x, own=False, layout=sends)
+        hidden = {group.rank: self._hidden(sent.of(group.rank), x.dtype, sends, keeps)}
+        hidden |= {r: self._hidden(sent.of(r), x.dtype, sends, keeps) for r in range(group.size) if r != group.rank}
 
         def multiply(begin: int, end: int) -> Tensor:
             rank, first = divmod(begin, here)
-            return self.down.multiply_quantized(rows_of(hidden[rank], first, first + end - begin))
+            return down.multiply_quantized(rows_of(hidden[rank], first, first + end - begin))
 
-        return self.down.sum_over_ranks(multiply, rows, x.dtype)
+        return down.sum_over_ranks(multiply, rows, x.dtype)
 
-    def _send(self, x: Tensor, *, own: bool = True) -> Arriving:
-        if self.norm is None:
-            return self.gate_up.start_gather(x, own=own)
-        weight, eps = self.norm
+    def _send(self, x: Tensor, *, own: bool = True, layout: str = "row") -> Arriving:
         fmt = self.gate_up.wire.format
-        assert fmt is not None, "norm: needs activations that travel quantized"
-        q = ops.rmsnorm_quantize(
-            x, weight, eps, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.gate_up.numerics.act_floor
-        )
+        if fmt is None:
+            assert self.norm is None, "norm: needs activations that travel quantized"
+            return self.gate_up.start_gather(x, own=own)
+        floor, kernel = self.gate_up.numerics.act_floor, family(self.gate_up.kernel)
+        how: Any = {"scale_rounding": fmt.scale_rounding, "floor": floor, "layout": layout, "kernel": kernel}
+        if self.norm is None:
+            q = ops.quantize(x, fmt.name, **how)
+        else:
+            q = ops.rmsnorm_quantize(x, *self.norm, fmt.name, **how)
         return self.gate_up.send_quantized(q, own=own)
 
-    def _hidden(self, rows: list[Tensor], dtype: torch.dtype) -> BlockScaled:
+    def _hidden(self, rows: list[Tensor], dtype: torch.dtype, came: str = "row", layout: str = "row") -> BlockScaled:
         return ops.swiglu_quantize(
-            self.gate_up.multiply_sent(rows, dtype), self._act.name, scale_rounding=self._act.scale_rounding,
-            floor=self.down.numerics.act_floor,
+            self.gate_up.multiply_sent(rows, dtype, came), self._act.name, scale_rounding=self._act.scale_rounding,
+            floor=self.down.numerics.act_floor, layout=layout,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

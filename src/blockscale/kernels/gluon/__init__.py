@@ -93,6 +93,8 @@ def _eager() -> Callable[[Problem, Tensor, BlockScaled, Tensor | None], Tensor]:
 
 class _Matmul(_Gluon):
     op = "matmul"
+    x_layout = "tma"
+    """Other layouts of x's scales are converted first."""
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
         yield from super().why_not(problem, platform)
