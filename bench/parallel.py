@@ -17,11 +17,14 @@ import torch
 import parallel_checks
 from blockscale.parallel import joined
 from parallel_clock import Bench, show
-from parallel_fit import Layer, Link, fit_link
+from parallel_direct import join, parts
+from parallel_fit import Direct, Layer, Link, fit_link
 from parallel_layers import DEEPSEEK, NUMERICS, TINY, Attention, Mlp
-from parallel_runs import decode, direct, experts, prefill, wire
+from parallel_runs import decode, experts, prefill, wire
 
 PARTS = ("conformance", "decode", "prefill", "wire", "experts", "direct")
+BETWEEN = Link(10.0, 50e3)
+"""Assumed of a network between hosts: 10 us a step, 50 GB/s for each GPU."""
 
 
 def collectives(b: Bench) -> Link:
@@ -41,7 +44,7 @@ def collectives(b: Bench) -> Link:
     b.keep("layer_us", found)
     b.say("us:", show(found))
     found = b.us(calls, repeat=10)
-    link = fit_link([(float(size), us) for size, us in found.items()], b.world.size, 2)
+    link = fit_link([(float(size), us) for size, us in found.items()], b.world.size)
     b.keep("all_reduce_us", found)
     b.keep("link", {"latency_us": link.latency_us, "gb_s": link.bytes_per_us / 1e3})
     b.say("all-reduce us:", {k: round(v, 1) for k, v in found.items()})
@@ -49,21 +52,16 @@ def collectives(b: Bench) -> Link:
     return link
 
 
-def project(b: Bench, layers: list[Layer], link: Link) -> None:
-    """What the fitted model says about more ranks. Beyond one host: 50 GB/s and 10 us a step are assumed."""
-    between, rows = Link(10.0, 50e3), {}
+def project(b: Bench, layers: list[Layer], link: Link, direct: Direct | None) -> None:
+    """What the fitted model says about more ranks; without shared memory, the backend's link within one host."""
+    rows = {}
     for layer in layers:
         for ranks in (2, 8, 16, 64):
-            compute, traffic, speedup = layer.project(ranks, link, between)
-            rows[f"{layer.name}, {ranks} ranks"] = {
-                "compute": compute,
-                "traffic": traffic,
-                "speedup": speedup,
-            }
-            b.say(
-                f"projection {layer.name}, {ranks} ranks:",
-                show(rows[f"{layer.name}, {ranks} ranks"]),
-            )
+            between = BETWEEN if ranks > 8 else link
+            compute, traffic, speedup = layer.project(ranks, direct, between)
+            name = f"{layer.name}, {ranks} ranks"
+            rows[name] = {"compute": compute, "traffic": traffic, "speedup": speedup}
+            b.say(f"projection {name}:", show(rows[name]))
     b.keep("projection", rows)
 
 
@@ -75,26 +73,25 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     options = parser.parse_args()
-    parts = options.only.split(",")
-    with joined(options.device, timeout=45) as world, torch.inference_mode():
+    wanted = options.only.split(",")
+    with joined(options.device, timeout=45, sums="backend") as world, torch.inference_mode():
         b = Bench(world, TINY if options.tiny else DEEPSEEK, options.out, options.budget)
         name = torch.cuda.get_device_name() if b.gpu else "cpu"
         b.keep("machine", {"device": name, "ranks": world.size, "torch": torch.__version__})
         b.say(name, "x", world.size, torch.__version__)
-        if "conformance" in parts:
-            b.keep("conformance", parallel_checks.layers(world, b.say))
+        direct = join(b) if "direct" in wanted else None
+        measured_direct = None if direct is None else parts(b, direct)
         link = collectives(b)
+        if "conformance" in wanted:
+            b.keep("conformance", parallel_checks.layers(world, b.say))
         attention, mlp = Attention(b.s, b.device, NUMERICS), Mlp(b.s, b.device, NUMERICS)
-        measured = decode(b, attention, mlp, None) if "decode" in parts else []
-        measured += prefill(b, attention, mlp) if "prefill" in parts else []
-        project(b, measured, link)
-        if "wire" in parts and b.left() > 20:
+        measured = decode(b, attention, mlp, direct) if "decode" in wanted else []
+        measured += prefill(b, attention, mlp, direct) if "prefill" in wanted else []
+        project(b, measured, link, measured_direct)
+        if "wire" in wanted and b.left() > 10:
             wire(b, mlp)
-        if "experts" in parts and b.left() > 30:
-            experts(b)
-        through = direct(b) if "direct" in parts and b.left() > 15 else None
-        if through is not None:
-            decode(b, attention, mlp, through)
+        if "experts" in wanted and b.left() > 15:
+            experts(b, direct)
         b.say("done")
 
 

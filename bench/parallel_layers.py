@@ -23,6 +23,7 @@ from blockscale.parallel.cuts import cut, scaled, shares
 from blockscale.tensor import BlockScaled
 
 NUMERICS = "deepseek_v3"
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,13 @@ class Attention:
         layer["kv_b"](layer["kv_a"](x)[:, : s.kv_rank].contiguous())
         return layer["o"](inner)
 
-    def spread(self, world: World, group: Group, *, tokens_split: bool, chunks: int = 1) -> SpreadAttention:
+    def spread(self, world: World, group: Group, *, tokens_split: bool) -> SpreadAttention:
         """tokens_split: every rank holds some tokens, latents are gathered; otherwise all hold all tokens."""
-        return SpreadAttention(self, world.rank, world.size, group, tokens_split, chunks)
+        return SpreadAttention(self, world.rank, world.size, group, tokens_split)
 
 
 class SpreadAttention:
-    """Heads over ranks; the small latent projections are whole everywhere.
-
-    chunks: with split tokens, of each of so many runs of tokens a rank holds its share; one run is gathered or added
-    up while the next is multiplied, and what comes out of q_b and kv_b is in the order of the tokens.
-    """
+    """Heads over ranks; the small latent projections are whole everywhere."""
 
     def __init__(
         self,
@@ -106,10 +103,9 @@ class SpreadAttention:
         size: int,
         group: Group,
         split: bool,
-        chunks: int,
     ) -> None:
         s, weights = whole.s, whole.weights
-        self.s, self.latent, self.chunks = s, whole.layers, chunks
+        self.s, self.latent = s, whole.layers
         heads = shares(s.heads, size)
         self.heads = heads[rank]
 
@@ -131,21 +127,19 @@ class SpreadAttention:
             group=group,
             part=part,
             scatter=split,
-            chunks=chunks,
             numerics=whole.numerics,
         )
 
     def __call__(self, x: Tensor, inner: Tensor) -> Tensor:
         """x: this rank's tokens, or all. inner: `[T, heads here * value]`."""
-        q, kv = (
-            self.latent["q_a"](x),
-            self.latent["kv_a"](x)[:, : self.s.kv_rank].contiguous(),
-        )
+        q = self.latent["q_a"](x)
         if self.q_b.rows_of_x:
-            sent = [(layer, layer.start_gather(part)) for layer, latent in ((self.q_b, q), (self.kv_b, kv))
-                    for part in latent.chunk(self.chunks)]  # fmt: skip
-            for layer, parts in sent:
-                layer.finish_gather(parts, x.dtype)
+            sent = self.q_b.start_gather(q)  # travels while kv_a is multiplied
+        kv = self.latent["kv_a"](x)[:, : self.s.kv_rank].contiguous()
+        if self.q_b.rows_of_x:
+            also = self.kv_b.start_gather(kv)
+            self.q_b.finish_gather(sent, x.dtype)
+            self.kv_b.finish_gather(also, x.dtype)
         else:
             self.q_b(q)
             self.kv_b(kv)
@@ -164,13 +158,22 @@ class Mlp:
         act = self.second.numerics.activation_format(self.down.format)
         assert act is not None
         self.act = act
+        self.norm = torch.linspace(0.5, 1.5, s.hidden, device=device).bfloat16()
 
     def whole(self, x: Tensor) -> Tensor:
-        q = ops.swiglu_quantize(self.first(x), self.act.name, floor=self.first.numerics.act_floor)
+        return self._second(self.first(x))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The same behind an RMSNorm that is fused with the quantization."""
+        q = ops.rmsnorm_quantize(x, self.norm, EPS, "fp8_1x128", floor=self.first.numerics.act_floor)
+        return self._second(ops.matmul(q, self.gate_up, torch.bfloat16))
+
+    def _second(self, gate_up: Tensor) -> Tensor:
+        q = ops.swiglu_quantize(gate_up, self.act.name, floor=self.first.numerics.act_floor)
         return ops.matmul(q, self.down, torch.bfloat16)
 
     def layers(
-        self, rank: int, size: int, group: Group, *, split: bool, chunks: int = 1
+        self, rank: int, size: int, group: Group, *, split: bool, chunks: int = 1, sums: str = "float32"
     ) -> tuple[ColumnParallelLinear, RowParallelLinear]:
         inner, w = self.s.inner, self.gate_up
         ranges = cut(inner, size, 128)
@@ -186,15 +189,18 @@ class Mlp:
                 part=part,
                 scatter=split,
                 chunks=chunks,
-                numerics=self.numerics,
+                numerics=f"{self.numerics},sums={sums}",
             ),
         )
 
-    def tokens_split(self, rank: int, size: int, group: Group, chunks: int) -> ParallelMLP:
-        return ParallelMLP(*self.layers(rank, size, group, split=True), chunks=chunks)
+    def tokens_split(
+        self, rank: int, size: int, group: Group, chunks: int = 1, sums: str = "float32", normed: bool = False
+    ) -> ParallelMLP:
+        norm = (self.norm, EPS) if normed else None
+        return ParallelMLP(*self.layers(rank, size, group, split=True, sums=sums), chunks=chunks, norm=norm)
 
-    def tokens_everywhere(self, rank: int, size: int, group: Group, chunks: int = 1) -> Everywhere:
-        return Everywhere(self, *self.layers(rank, size, group, split=False, chunks=chunks))
+    def tokens_everywhere(self, rank: int, size: int, group: Group) -> Everywhere:
+        return Everywhere(self, *self.layers(rank, size, group, split=False))
 
 
 class Everywhere:

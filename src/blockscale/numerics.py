@@ -14,11 +14,15 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import MappingProxyType
 
+import torch
+
 from .errors import BlockscaleError, UnknownNameError
 from .formats import ELEMENTS, Format, ScaleRounding, get_format
 
 DEFAULT_FLOOR = 1e-10
 """Smallest block amax a dynamic scale is made from: a block of zeros gets a finite scale."""
+
+_SUMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Numerics:
     act_element: element type of activations; None follows the weight (e5m2 weights take fp8 activations).
     int16: a kernel may multiply in 16-bit fixed point, which costs about 3e-4 of a result (`kernels/cpu`).
     mxfp4_act, nvfp4_act: activation format for FP4 weights; None leaves activations unquantized (W4A16).
+    sums: dtype of the partial sums of a linear that is spread over devices, as they travel. "float32" adds them as one
+        device would, up to the order; "bfloat16" rounds each to half the bytes first, as serving engines do.
     """
 
     weight_only: bool = False
@@ -42,6 +48,7 @@ class Numerics:
     int16: bool = False
     mxfp4_act: str | None = "fp8_1x32_ue8m0"
     nvfp4_act: str | None = "nvfp4"
+    sums: str = "float32"
 
     def __post_init__(self) -> None:
         if self.act_group is not None and self.act_group < 1:
@@ -52,9 +59,16 @@ class Numerics:
             raise UnknownNameError("activation element", self.act_element, [e for e in ELEMENTS if e != "fp4"])
         if self.act_rounding not in (None, "none", "pow2_ceil", "pow2_floor"):
             raise UnknownNameError("scale rounding", str(self.act_rounding), ["none", "pow2_ceil", "pow2_floor"])
+        if self.sums not in _SUMS:
+            raise UnknownNameError("dtype of sums", self.sums, _SUMS)
         for name in (self.mxfp4_act, self.nvfp4_act):
             if name is not None:
                 get_format(name)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """`sums` as torch's."""
+        return _SUMS[self.sums]
 
     def activation_format(self, weight: Format) -> Format | None:
         """Format that x takes before it meets weights stored as `weight`; None leaves x as it is."""

@@ -172,6 +172,19 @@ def _detect(device: torch.device) -> Platform:
     return Platform(device.type, "", tuple(versions))
 
 
+def apart(kind: str, count: int) -> list[str]:
+    """Why the first `count` devices of this host cannot all reach each other's memory; empty where they can."""
+    if kind != "cuda":
+        return [f"{kind} devices: not known"]
+    seen = torch.cuda.device_count()
+    if seen < count:
+        return [f"this process sees {seen} of {count} devices (CUDA_VISIBLE_DEVICES)"]
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    return [
+        f"device {a} does not reach the memory of {b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)
+    ]
+
+
 def _require(available: bool, device: torch.device) -> None:
     if not available:
         raise BlockscaleError(f"device {device}: torch {torch.__version__} finds none on this machine")

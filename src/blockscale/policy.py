@@ -60,20 +60,29 @@ def model_policy(preset: str | Numerics | Policy, config: Mapping[str, Any], *, 
     """The policy for a model with this `config.json`.
 
     preset: "reference", "hf", "vllm", the name of a `Numerics` preset (or one itself) for every layer, or a Policy.
+    The names take changes, for every layer: "reference,sums=bfloat16".
     Raises UnknownNameError with the near names.
     """
     if isinstance(preset, Policy):
         return replace(preset, kernel=kernel or preset.kernel)
     reference = _reference(config)
-    if preset == "reference":
-        return replace(reference, kernel=kernel)
-    if preset in ("hf", "vllm"):
-        return replace(_engine(str(preset), config), kernel=kernel)
+    name, _, changes = preset.partition(",") if isinstance(preset, str) else ("", "", "")
+    if name in POLICIES:
+        found = reference if name == "reference" else _engine(name, config)
+        return replace(_changed(found, changes) if changes else found, kernel=kernel)
     if isinstance(preset, str) and preset.split(",")[0] not in PRESETS:
         raise UnknownNameError("numerics", preset.split(",")[0], (*POLICIES, *PRESETS))
     same, said = get_numerics(preset), "asked for"
     sources = (("linear", said), ("experts", said), ("grouped_output", said), *reference.sources[3:])
     return Policy(str(same), same, same, same, reference.weigh_first, kernel, sources)
+
+
+def _changed(policy: Policy, changes: str) -> Policy:
+    """A policy with fields of its numerics changed: "field=value,…"."""
+    kinds = ("linear", "experts", "grouped_output")
+    values: dict[str, Any] = {kind: get_numerics(f"{getattr(policy, kind)},{changes}") for kind in kinds}
+    sources = tuple((key, f"{said}; {changes} asked for" if key in kinds else said) for key, said in policy.sources)
+    return replace(policy, name=f"{policy.name},{changes}", sources=sources, **values)
 
 
 def _reference(config: Mapping[str, Any]) -> Policy:

@@ -16,6 +16,7 @@ from blockscale.parallel import (
     ParallelExperts,
     ParallelMLP,
     RowParallelLinear,
+    collectives,
     piece,
     plan_sharding,
     take,
@@ -81,9 +82,26 @@ def row(world, n, k, fmt, numerics, dtype, unit, scatter):
     if scatter:
         size = size[2 * world.rank : 2 * world.rank + 2]
     bound = 4 * 2**-24 * size + (exact.abs() * 2**-8 if dtype == torch.bfloat16 else 0)
+    if policy.sums == "bfloat16":  # each addend once, and the backend's sum of two at each of its steps
+        bound = bound + world.size * 2**-8 * size
     worst = float(((got - exact).abs() / bound).max())
     assert worst <= 1, worst
     return len(part.cut)
+
+
+def halves(world, bias):
+    """Large sums go by halves: scattered in fp32, rounded, gathered. The bits of the usual way for two ranks."""
+    x = torch.randn(4 * world.size, 96, generator=torch.Generator().manual_seed(world.rank))
+    offset = torch.arange(96.0) if bias else None
+    usual = world.tp.start_sum(x.clone(), torch.bfloat16, offset)()
+    collectives.LARGE, kept = 0, collectives.LARGE
+    try:
+        assert world.tp._by_halves(x, torch.bfloat16)
+        assert not world.tp._by_halves(x[1:], torch.bfloat16)
+        got = world.tp.start_sum(x.clone(), torch.bfloat16, offset)()
+    finally:
+        collectives.LARGE = kept
+    return got.float().numpy(), usual.float().numpy()
 
 
 def _absolute(w):

@@ -24,6 +24,8 @@ ROWS = [
     (64, 320, "mxfp4", "deepseek_v4", torch.float32, 128, False),
     (64, 320, "fp8_128x128", "weight_only", torch.bfloat16, 128, False),
     (64, 1024, "fp8_128x128", "deepseek_v3", torch.bfloat16, 128, False),
+    (64, 1024, "fp8_128x128", "deepseek_v3,sums=bfloat16", torch.bfloat16, 128, True),
+    (64, 320, "fp8_128x128", "deepseek_v3,sums=bfloat16", torch.float32, 128, False),
 ]
 MODELS = ("v3", "v4", "qwen3")
 
@@ -49,6 +51,15 @@ def test_rows_are_within_the_order_of_a_sum(ranks, case):
     cut = ranks.run("row", *case)
     inside = case[3] != "weight_only" and case[1] // 128 < ranks.size
     assert all(groups > 0 for groups in cut) or not inside
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_sums_go_by_halves(ranks, bias):
+    answers = ranks.run("halves", bias)
+    for got, usual in answers:
+        assert np.array_equal(got, answers[0][0])
+        assert np.allclose(got, usual, rtol=2**-7, atol=1e-6)  # one bf16 step, where the order of a sum differs
+        assert ranks.size > 2 or np.array_equal(got, usual)
 
 
 @pytest.mark.parametrize("name", MODELS)

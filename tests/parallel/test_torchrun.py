@@ -88,7 +88,18 @@ def test_run_gives_the_same_text_once(tokenized, name):
     two = json.loads(run(torchrun(2, *args)).stdout)
     assert two["text"] == one["text"]
     assert two["ranks"]["ranks"] == 2
+    assert two["ranks"]["sums"] == {
+        "how": "backend", "reason": "gloo: cpu devices: only cuda devices share memory in this version",
+    }  # fmt: skip
     assert two["resident_weight_bytes"] < one["resident_weight_bytes"]
+
+
+def test_direct_sums_that_cannot_be_are_refused_with_the_reason(tokenized):
+    result = run(torchrun(2, "run", tokenized["v3"], PROMPT, "--sums", "direct"))
+    said = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "sums=direct: cpu devices: only cuda devices share memory in this version" in said[0]
+    assert result.returncode != 0
 
 
 def test_bench_model_over_ranks(tokenized):

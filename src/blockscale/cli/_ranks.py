@@ -22,16 +22,25 @@ Exchange = Annotated[
 Timeout = Annotated[
     float, typer.Option(min=1, help="Under torchrun: seconds without a sign of life that end a rank, and the run.")
 ]
+Sums = Annotated[
+    Literal["auto", "direct", "backend"],
+    typer.Option(
+        help="Under torchrun: sums through memory that GPUs of one host share (direct), by NCCL, XCCL or Gloo "
+        "(backend), or direct where it can be. The report says which, and why."
+    ),
+]
 
 
 @contextmanager
 def shared(
-    checkpoint: Path, device: str, numerics: str, ep: int | None, exchange: Any, timeout: float
+    checkpoint: Path, device: str, numerics: str, ep: int | None, exchange: Any, timeout: float, sums: Any = "auto"
 ) -> Iterator[Any]:
     """`integrations.transformers.Parallel` when torchrun started this process as one of several, None when not."""
     from ..parallel import joined, plan_sharding, started
 
     if not started():
+        if sums == "direct":
+            raise BlockscaleError("--sums direct needs several ranks: torchrun --nproc-per-node N -m blockscale …")
         if ep not in (None, 1):
             raise BlockscaleError(f"--ep {ep} needs several ranks: torchrun --nproc-per-node N -m blockscale …")
         yield None
@@ -39,7 +48,8 @@ def shared(
     from ..checkpoint import open_checkpoint
     from ..policy import model_policy
 
-    with joined(device, ep=lambda size: ep or default_groups(checkpoint, size), timeout=timeout) as world:
+    groups = ep or (lambda size: default_groups(checkpoint, size))
+    with joined(device, ep=groups, timeout=timeout, sums=sums) as world:
         from .run import integration
 
         integration()
@@ -73,11 +83,15 @@ def report(parallel: Any) -> dict[str, Any] | None:
         "ranks": world.size,
         "expert_groups": world.ep,
         "exchange": parallel.exchange,
+        "sums": {"how": world.sums.how, "reason": world.sums.reason},
         "share_bytes": [plan.nbytes(rank) for rank in range(world.size)],
     }
 
 
-def words(ranks: dict[str, Any]) -> tuple[str, str]:
-    """The same for people."""
-    largest = max(ranks["share_bytes"])
-    return f"{ranks['ranks']}", f"{ranks['expert_groups']} expert groups, at most {largest / 1e6:.1f} MB a rank"
+def add_rows(table: Any, ranks: dict[str, Any] | None) -> None:
+    """The same for people: rows of a table."""
+    if ranks:
+        largest = max(ranks["share_bytes"])
+        groups = f"{ranks['expert_groups']} expert groups, at most {largest / 1e6:.1f} MB a rank"
+        table.add_row("ranks", str(ranks["ranks"]), groups)
+        table.add_row("sums", ranks["sums"]["how"], ranks["sums"]["reason"])

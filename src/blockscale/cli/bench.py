@@ -35,12 +35,13 @@ def command(
     ep: _ranks.Ep = None,
     exchange: _ranks.Exchange = "dispatch",
     timeout: _ranks.Timeout = 60.0,
+    sums: _ranks.Sums = "auto",
 ) -> None:
     """Prefill and decode tokens/s, memory, and the time split between our layers and the rest; random token ids.
 
     Under torchrun the ranks share the model; memory is then that of rank 0.
     """
-    with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout) as parallel:
+    with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout, sums) as parallel:
         report = measure_model(
             checkpoint, prompt_tokens, new_tokens, device=device, dtype=dtype, numerics=numerics, kernel=kernel,
             parallel=parallel,
@@ -146,6 +147,5 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
     for kernel, layers in report["kernels"].items():
         table.add_row("kernel", kernel, f"{layers} layers")
-    if report["ranks"]:
-        table.add_row("ranks", *_ranks.words(report["ranks"]))
+    _ranks.add_rows(table, report["ranks"])
     console().print(table)

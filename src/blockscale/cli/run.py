@@ -31,12 +31,13 @@ def register(app: typer.Typer) -> None:
         ep: _ranks.Ep = None,
         exchange: _ranks.Exchange = "dispatch",
         timeout: _ranks.Timeout = 60.0,
+        sums: _ranks.Sums = "auto",
     ) -> None:
         """Generate text on the stored bytes: tokens/s, memory, and which kernel served how many layers.
 
         Under torchrun the ranks share the model: torchrun --nproc-per-node 2 -m blockscale run CKPT "prompt".
         """
-        with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout) as parallel:
+        with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout, sums) as parallel:
             speaks = _ranks.speaks(parallel)
             report = run(
                 checkpoint, prompt, max_new_tokens, numerics=numerics, device=device, dtype=dtype, kernel=kernel,
@@ -155,6 +156,5 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
     for kernel, layers in report["kernels"].items():
         table.add_row("kernel", kernel, f"{layers} layers")
-    if report["ranks"]:
-        table.add_row("ranks", *_ranks.words(report["ranks"]))
+    _ranks.add_rows(table, report["ranks"])
     console().print(table)

@@ -7,7 +7,8 @@
 2. `RankCheckpoint` reads exactly those bytes; `piece` makes a part a weight of its own, also where the cut falls inside
    a scale block or an activation group: no value changes, nothing is requantized, no kernel has to know.
 3. `ColumnParallelLinear`, `RowParallelLinear`, `ParallelExperts` and `ColumnParallelDense` run on the parts.
-4. `joined` makes the processes that torchrun started into one run, which ends together.
+4. `joined` makes the processes that torchrun started into one run, which ends together. `route` decides whether sums
+   go through memory that the GPUs share (`direct`) or by torch.distributed's backend (`collectives`), and says why.
 
 | cut                            | equals one device                                                    |
 |--------------------------------|----------------------------------------------------------------------|
@@ -20,6 +21,7 @@ docs/parallel.md is the page for users.
 """
 
 from .collectives import Group
+from .direct import DirectGroup
 from .errors import PlanError, RankError
 from .experts import ParallelExperts
 from .linear import ColumnParallelDense, ColumnParallelLinear, RowParallelLinear
@@ -28,12 +30,14 @@ from .mlp import ParallelMLP
 from .piece import Piece, piece, take
 from .plan import ShardingPlan, Split
 from .planner import plan_sharding
+from .route import Route
 from .wire import Wire, wire_of
 from .world import World, joined, started
 
 __all__ = [
     "ColumnParallelDense",
     "ColumnParallelLinear",
+    "DirectGroup",
     "Group",
     "ParallelExperts",
     "ParallelMLP",
@@ -41,6 +45,7 @@ __all__ = [
     "PlanError",
     "RankCheckpoint",
     "RankError",
+    "Route",
     "RowParallelLinear",
     "ShardingPlan",
     "Split",

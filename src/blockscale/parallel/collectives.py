@@ -7,7 +7,7 @@ latter differ between torch 2.11 and 2.13. A result is waited for where it is us
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -15,6 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 _OPS = torch.ops._c10d_functional
+LARGE = 1 << 22
+"""Bytes of a sum from which it is scattered, rounded and gathered: latency twice, but three quarters of the bytes."""
+
+
+class Arriving:
+    """Rows `[rows, …]` of every rank, the same number of each, on their way here. Some tensors travel together."""
+
+    def whole(self) -> list[Tensor]:
+        """Each as `[size * rows, …]`. To be used at once: shared memory takes other rows later (`direct`)."""
+        raise NotImplementedError
+
+    def of(self, rank: int) -> list[Tensor]:
+        """One rank's rows of each."""
+        raise NotImplementedError
 
 
 class Group:
@@ -39,6 +53,44 @@ class Group:
             return self.start_all_reduce(x)
         return cast(Tensor, _OPS.all_reduce_(x, "sum", self.name))
 
+    def sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum of `x: [rows, width]` over ranks, added in fp32 (or in x's own dtype) and rounded once to `dtype`."""
+        return self.start_sum(x, dtype)()
+
+    def start_sum(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Callable[[], Tensor]:
+        """The same, not waited for: what is returned finishes it. x is nobody else's. bias: `[width]`, added before
+        the sum is rounded."""
+        if self._by_halves(x, dtype):
+            mine = self.start_reduce_scatter(x)
+            return lambda: self.all_gather(_rounded(self.wait(mine), dtype, bias))
+        y = self.start_sum_in_place(x)
+        return lambda: _rounded(self.wait(y), dtype, bias)
+
+    def _by_halves(self, x: Tensor, dtype: torch.dtype) -> bool:
+        if self.size == 1 or torch.compiler.is_compiling() or x.shape[0] % self.size:
+            return False
+        return dtype.itemsize < x.element_size() and x.numel() * x.element_size() >= LARGE
+
+    def start_scattered_sum(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Callable[[], Tensor]:
+        """The same of this rank's share of the rows, which must divide by the ranks."""
+        y = self.start_reduce_scatter(x)
+        return lambda: _rounded(self.wait(y), dtype, bias)
+
+    def takes_turns(self, rows: int, width: int, sums: torch.dtype) -> bool:
+        """Whether a sum `[rows, width]` is best made by `sum_in_turns`."""
+        return False
+
+    def sum_in_turns(
+        self, multiply: Callable[[int, int], Tensor], rows: int, width: int, sums: torch.dtype, dtype: torch.dtype, *,
+        bias: Tensor | None = None, scatter: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The sum over ranks of `multiply(begin, end)`, addends `[end - begin, width]` in dtype `sums`, for all rows.
+
+        Rows that another rank keeps are multiplied first and travel while this rank's own are multiplied. scatter:
+        only this rank's share of the rows (`cuts.shares`) is returned.
+        """
+        raise NotImplementedError
+
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""
         return self.wait(self.start_reduce_scatter(x))
@@ -61,6 +113,10 @@ class Group:
     def finish_all_gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What was started, as `dtype`."""
         return _as(self.wait(x), dtype)
+
+    def start_gather(self, parts: list[Tensor], *, own: bool = True) -> Arriving:
+        """Send rows to all ranks. own: whether this rank's are wanted among the `whole` ones."""
+        return _Gathered(self, parts)
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """`[..., widths[rank]]` of every rank side by side: `[..., sum(widths)]`. Widths may differ."""
@@ -93,6 +149,24 @@ class Group:
             return x
         y = _OPS.all_to_all_single(_plain(x), list(receive), list(send), self.name)
         return _as(self.wait(y), x.dtype)
+
+
+class _Gathered(Arriving):
+    """By the backend."""
+
+    def __init__(self, group: Group, parts: list[Tensor]) -> None:
+        self._group, self._dtypes = group, [part.dtype for part in parts]
+        self._parts = [group.start_all_gather(part) for part in parts]
+
+    def whole(self) -> list[Tensor]:
+        return [self._group.finish_all_gather(x, d) for x, d in zip(self._parts, self._dtypes, strict=True)]
+
+    def of(self, rank: int) -> list[Tensor]:
+        return [_as(_plain(x).chunk(self._group.size)[rank], x.dtype) for x in self.whole()]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    return (x if bias is None else x + bias.float()).to(dtype)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -1,49 +1,185 @@
-"""Small sums between two GPUs of one host without NCCL: each reads the other's memory, in one kernel.
+"""Sums and gathers between GPUs of one host through each other's memory, without NCCL's kernels.
 
-A decode step adds some 10 kB to 2 MB, where NCCL's time is latency. torch's symmetric memory (`one_shot_all_reduce`)
-takes a few microseconds. For two ranks only: a + b is b + a, but with more ranks each would add in another order, and
-ranks must agree to the bit. NVLink multicast is not used.
+- A decode step adds 10 kB to 4 MB, where NCCL's time is latency: one kernel pushes, waits, adds and rounds
+  (`kernels/triton/peer_sum`).
+- A prefill step adds 100 MB. Its rows are multiplied in turns, those that other ranks keep first: they travel by copy
+  engine while this rank's own are multiplied, are added in fp32 there, rounded once, and only then go to everybody, in
+  half the bytes. The order of the work does what a split in chunks cannot: kernels that occupy every multiprocessor
+  let no other kernel run beside them, but copies they do.
+
+All ranks add in the order of their numbers: the same bits everywhere.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BlockscaleError
-from .collectives import Group
+from .collectives import Arriving, Group
+from .cuts import Range, shares
+from .memory import SharedMemory
 
-LARGEST = 1 << 22
-"""Bytes. Above, NCCL's bandwidth wins."""
+SMALL = 1 << 22
+"""Bytes of addends up to which one kernel does it all."""
+MOST = 8
+"""Ranks: GPUs of one host."""
+_ALIGNED = 256
 
 
 class DirectGroup(Group):
-    """A `Group` of two ranks whose small fp32 sums go through each other's memory; all else is NCCL's.
+    """A `Group` whose sums and gathers of rows go through shared memory; what does not fit, and compiled code, is the
+    backend's.
 
-    Raises BlockscaleError for another number of ranks, or where torch cannot share the memory.
+    room: bytes that are set aside for large sums on each GPU, half as much for gathers, and what sums come to. A sum
+    that is larger goes in several rounds.
+
+    Raises BlockscaleError where torch cannot share memory, or when a first sum comes out wrong.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, *, room: int = 1 << 27, memory: Any = SharedMemory
+    ) -> None:
         super().__init__(group)
-        if self.size != 2 or device.type != "cuda":
-            raise BlockscaleError(
-                f"direct sums need 2 CUDA devices of one host, got {self.size} ranks on {device.type}"
-            )
-        from torch.distributed import _symmetric_memory as symmetric
+        if not 2 <= self.size <= MOST:
+            raise BlockscaleError(f"direct sums need 2 to {MOST} devices of one host, got {self.size}")
+        from ..kernels.triton import peer_sum
 
-        try:
-            self._buffer = symmetric.empty(LARGEST // 4, dtype=torch.float32, device=device)
-            symmetric.rendezvous(self._buffer, group)
-        except RuntimeError as e:
-            raise BlockscaleError(f"direct sums: torch cannot share memory between the two devices: {e}") from e
+        self._kernels = peer_sum
+        self._flags = 2 * self.size * SMALL
+        self._slots = self._flags + self.size * (SMALL // peer_sum.BLOCK_BYTES) * 4
+        self._slot = room // self.size // _ALIGNED * _ALIGNED
+        self._done = self._slots + self.size * self._slot
+        self._gathers, self._gather_room, self._next = self._done + self._slot, room // 2, 0
+        self._memory = memory(group, device, self._gathers + self._gather_room)
+        self._counters = peer_sum.counters(SMALL, device)
+        self._order = [(self.rank + step) % self.size for step in range(1, self.size + 1)]
+        self._try(device)
 
-    def start_sum_in_place(self, x: Tensor) -> Tensor:
-        size = x.numel()
-        if x.dtype != torch.float32 or size * 4 > LARGEST or size % 4 or torch.compiler.is_compiling():
-            return super().start_sum_in_place(x)
-        mine = self._buffer[:size]
-        mine.copy_(x.view(-1))
-        return cast(Tensor, torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self.name)).view(x.shape)
+    def _try(self, device: torch.device) -> None:
+        want = [sum(range(1, self.size + 1)) * 2.0**-9, float(self.size)]
+        for _ in range(3):
+            x = torch.tensor([[(self.rank + 1) * 2.0**-9, 1.0] * 8], device=device)
+            got = self.start_sum(x, torch.float32)()[0, :2].tolist()
+            if got != want:
+                raise BlockscaleError(f"direct sums: got {got} for {want} in a first sum over {self.size} devices")
+
+    def start_sum(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Callable[[], Tensor]:
+        if self.takes_turns(x.shape[0], x.shape[1], x.dtype):
+            y = self.sum_in_turns(lambda b, e: x[b:e], x.shape[0], x.shape[1], x.dtype, dtype, bias=bias)
+            return lambda: y
+        size = x.numel() * x.element_size()
+        if not size or size > SMALL // (self.size - 1) or x.numel() % 16 or torch.compiler.is_compiling():
+            return super().start_sum(x, dtype, bias)
+        y = torch.empty_like(x, dtype=dtype)
+        self._kernels.sum_small(
+            x.contiguous(), y, bias, self._memory.addresses, self._counters, self.rank, slot_bytes=SMALL,
+            flags=self._flags,
+        )  # fmt: skip
+        return lambda: y
+
+    def takes_turns(self, rows: int, width: int, sums: torch.dtype) -> bool:
+        large = rows * width * sums.itemsize > SMALL // (self.size - 1)
+        return large and rows >= self.size and width % 16 == 0 and not torch.compiler.is_compiling()
+
+    def sum_in_turns(
+        self, multiply: Callable[[int, int], Tensor], rows: int, width: int, sums: torch.dtype, dtype: torch.dtype, *,
+        bias: Tensor | None = None, scatter: bool = False,
+    ) -> Tensor:  # fmt: skip
+        memory, owners = self._memory, shares(rows, self.size)
+        begin, end = owners[self.rank]
+        y = torch.empty(end - begin if scatter else rows, width, dtype=dtype, device=memory.addresses.device)
+        own = 0 if scatter else begin
+        most = max(1, self._slot // (width * max(sums.itemsize, dtype.itemsize)))
+        fits = -(-owners[0][1] // -(-owners[0][1] // most))  # rounds alike
+        for start in range(0, owners[0][1], fits):
+            now = [(min(b + start, e), min(b + start + fits, e)) for b, e in owners]
+            mine = now[self.rank][1] - now[self.rank][0]
+            part = self._send_parts(multiply, now, width, sums)
+            keep = y[own + start : own + start + mine]
+            again = None if scatter else memory.view(self.rank, self._done, (mine, width), dtype)
+            if mine:
+                slots = memory.view(self.rank, self._slots, (self.size * self._slot // sums.itemsize,), sums)
+                self._kernels.add_arrived(
+                    part, slots, keep, again, bias, self.rank, self.size, self._slot // sums.itemsize
+                )
+            if not scatter:
+                memory.barrier()
+                for rank in self._order[:-1]:
+                    b, e = now[rank]
+                    y[b:e].copy_(memory.view(rank, self._done, (e - b, width), dtype))
+        return y
+
+    def _send_parts(
+        self, multiply: Callable[[int, int], Tensor], now: list[Range], width: int, sums: torch.dtype
+    ) -> Tensor:
+        """Everybody's rows multiplied, those of others sent; this rank's own come last and are returned."""
+        memory, sent = self._memory, []
+        memory.barrier()  # nobody reads what lay in the slots any more
+        for rank in self._order:
+            b, e = now[rank]
+            part = multiply(b, e)
+            if rank != self.rank and e > b:
+                sent.append(part)
+                with memory.beside():
+                    memory.view(rank, self._slots + self.rank * self._slot, (e - b, width), sums).copy_(part)
+        memory.join()
+        memory.barrier()
+        return part
+
+    def start_gather(self, parts: list[Tensor], *, own: bool = True) -> Arriving:
+        sizes = [-(-self.size * part.numel() * part.element_size() // _ALIGNED) * _ALIGNED for part in parts]
+        if sum(sizes) > self._gather_room // 2 or torch.compiler.is_compiling():
+            return super().start_gather(parts, own=own)
+        if self._next + sum(sizes) > self._gather_room:
+            self._next = 0
+        offsets = [self._gathers + self._next + sum(sizes[:i]) for i in range(len(sizes))]
+        self._next += sum(sizes)
+        return _Pushed(self, self._memory, parts, offsets, own)
+
+
+class _Pushed(Arriving):
+    """Rows on their way into everybody's shared memory, where they stay until half the room is used again."""
+
+    def __init__(
+        self, group: DirectGroup, memory: SharedMemory, parts: list[Tensor], offsets: list[int], own: bool
+    ) -> None:
+        self._group, self._memory, self._parts, self._offsets = group, memory, parts, offsets
+        self._own, self._arrived = own, False
+        memory.barrier()
+        with memory.beside():
+            for rank in range(group.size):
+                for part, offset in zip(parts, offsets, strict=True):
+                    if rank != group.rank or own:
+                        memory.view(rank, offset + group.rank * _bytes(part), part.shape, part.dtype).copy_(part)
+
+    def of(self, rank: int) -> list[Tensor]:
+        if rank == self._group.rank:
+            return self._parts
+        self._wait()
+        return [
+            self._memory.view(self._group.rank, offset + rank * _bytes(part), part.shape, part.dtype)
+            for part, offset in zip(self._parts, self._offsets, strict=True)
+        ]
+
+    def whole(self) -> list[Tensor]:
+        assert self._own, "this rank's rows were not sent to itself"
+        self._wait()
+        return [
+            self._memory.view(self._group.rank, offset, (self._group.size * part.shape[0], *part.shape[1:]), part.dtype)
+            for part, offset in zip(self._parts, self._offsets, strict=True)
+        ]
+
+    def _wait(self) -> None:
+        if not self._arrived:
+            self._memory.join()
+            self._memory.barrier()
+            self._arrived = True
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

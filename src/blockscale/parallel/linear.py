@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import BlockscaleError, ShapeError
+from ..formats import Format
+from ..layouts import convert
 from ..nn import BlockDiagonalLinear, DenseLinear, Linear
 from ..tensor import BlockScaled
-from .collectives import Group
+from .collectives import Arriving, Group
 from .cuts import Range
-from .partial import OPS
+from .partial import OPS, layout_read
 from .piece import Piece
 from .wire import Wire, wire_of
 
@@ -67,28 +70,36 @@ class ColumnParallelLinear(Linear):
     def _gathered_rows(self, x: Tensor) -> Tensor:
         return self.finish_gather(self.start_gather(x), x.dtype)
 
-    def start_gather(self, x: Tensor) -> list[Tensor]:
+    def start_gather(self, x: Tensor, *, own: bool = True) -> Arriving:
         """Send this rank's rows to the others, as `wire` says; `finish_gather` waits and multiplies."""
         fmt = self.wire.format
         if fmt is None:
-            return [self.group.start_all_gather(x)]
+            return self.group.start_gather([x], own=own)
         q = ops.quantize(
-            x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=_family(self.kernel)
+            x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=family(self.kernel)
         )
-        return [self.group.start_all_gather(q.data), self.group.start_all_gather(q.scale)]
+        return self.send_quantized(q, own=own)
 
-    def finish_gather(self, sent: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def send_quantized(self, q: BlockScaled, *, own: bool = True) -> Arriving:
+        """The same for rows in the wire's format (`ops.rmsnorm_quantize` makes them without a step between)."""
+        if q.format != self.wire.format:
+            raise ShapeError(f"ColumnParallelLinear: x travels as {self.wire.format}, got {q.format}")
+        return self.group.start_gather([q.data, q.scale], own=own)
+
+    def finish_gather(self, sent: Arriving, dtype: torch.dtype) -> Tensor:
         """Everybody's rows times this rank's part: `[rows, n]` in `dtype`."""
+        return self.multiply_sent(sent.whole(), dtype)
+
+    def multiply_sent(self, rows: list[Tensor], dtype: torch.dtype, layout: str = "row") -> Tensor:
+        """The same for rows that are here, as `Arriving` gives them. layout: in which they were quantized."""
         fmt = self.wire.format
         if fmt is None:
-            return super().forward(self.group.finish_all_gather(sent[0], dtype))
-        data = self.group.finish_all_gather(sent[0], fmt.element.dtype)
-        scale = self.group.finish_all_gather(sent[1], fmt.scale_dtype)
+            return super().forward(rows[0])
         buffers, names = self._buffers, self.names
         out = dtype if self.bias is None else torch.float32
         y: Tensor = OPS.scaled_linear(
-            data, scale, buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
-            self.format.name, self.layout, fmt.name, out, _family(self.kernel) or "",
+            rows[0], rows[1], buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
+            self.format.name, self.layout, fmt.name, layout, out, family(self.kernel) or "",
         )  # fmt: skip
         return y if self.bias is None else (y + self.bias.float()).to(dtype)
 
@@ -98,7 +109,12 @@ class ColumnParallelLinear(Linear):
         return f"{super().extra_repr()}, rank {self.group.rank} of {self.group.size}, output {end}{wire}"
 
 
-def _family(kernel: str | None) -> str | None:
+def reads(layer: Linear, act: Format, rows: int, out_dtype: torch.dtype) -> str:
+    """The layout of quantized x that the kernel for so many rows reads without a step between."""
+    return layout_read(layer.quantized, act, rows, out_dtype, family(layer.kernel) or "")
+
+
+def family(kernel: str | None) -> str | None:
     """An order for a linear, as one for the kernels beside it: "triton.block" also quantizes with "triton"."""
     return None if kernel is None else kernel.partition(".")[0]
 
@@ -114,7 +130,7 @@ def _in_order(rows: tuple[tuple[Range, ...], ...]) -> list[Range]:
 
 
 class RowParallelLinear(Linear):
-    """Columns of K on each rank: partial sums, added over ranks in fp32 and rounded once.
+    """Columns of K on each rank: partial sums (`Numerics.sums`: fp32), added over ranks and rounded once.
 
     weight: this rank's part, guard columns included. part: what it is of the whole. bias: the whole one.
     scatter: every rank keeps only its share of the rows of the result (their number must divide by the ranks).
@@ -144,7 +160,7 @@ class RowParallelLinear(Linear):
         refuse_gradient(x)
         lead = x.shape[:-1]
         x = add_guards(x.reshape(-1, x.shape[-1]), self.part, self.group)
-        y = self.finish([self._start(self._partial(rows)) for rows in x.chunk(self.chunks)], x.dtype)
+        y = self.sum_over_ranks(lambda b, e: self._partial(x[b:e]), x.shape[0], x.dtype)
         return y if self.scatter else y.view(*lead, self.out_features)
 
     def from_quantized(self, q: BlockScaled) -> Tensor:
@@ -153,26 +169,35 @@ class RowParallelLinear(Linear):
         q: `[rows, k]` in layout "row" -> `[rows, N]` (or this rank's rows) in bf16. Only where no group is cut:
         raises ShapeError otherwise, because a cut group's scale is not known before the ranks agree on it.
         """
-        return self.finish([self.start_quantized(rows) for rows in split_rows(q, self.chunks)], torch.bfloat16)
+        return self.sum_over_ranks(lambda b, e: self.multiply_quantized(rows_of(q, b, e)), q.shape[0], torch.bfloat16)
 
-    def start_quantized(self, q: BlockScaled) -> Tensor:
-        """Multiply and start to add up over ranks; `finish` waits."""
+    def multiply_quantized(self, q: BlockScaled) -> Tensor:
+        """This rank's addend for these rows, in the dtype of the numerics' sums."""
         if self.part.front or self.part.back:
             raise ShapeError(f"RowParallelLinear: x comes quantized, but the cut {self.part.cols} needs guard columns")
         buffers, names = self._buffers, self.names
-        y = OPS.scaled_linear(
+        y: Tensor = OPS.scaled_linear(
             q.data, q.scale, buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
-            self.format.name, self.layout, q.format.name, torch.float32, _family(self.kernel) or "",
+            self.format.name, self.layout, q.format.name, q.layout, self.numerics.sum_dtype,
+            family(self.kernel) or "",
         )  # fmt: skip
-        return self._start(y)
+        return y
 
-    def _start(self, y: Tensor) -> Tensor:
-        return self.group.start_reduce_scatter(y) if self.scatter else self.group.start_sum_in_place(y)
-
-    def finish(self, sums: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """What was started, waited for, rounded once, and put together."""
-        parts = [self._finish(self.group.wait(y), dtype) for y in sums]
+    def sum_over_ranks(self, multiply: Callable[[int, int], Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+        """The layer's result from `multiply(begin, end)`, which makes this rank's addend for those rows."""
+        group, width, sums = self.group, self.out_features, self.numerics.sum_dtype
+        if group.takes_turns(rows, width, sums):
+            return group.sum_in_turns(multiply, rows, width, sums, dtype, bias=self.bias, scatter=self.scatter)
+        each = max(1, -(-rows // self.chunks))
+        bounds = [(b, min(b + each, rows)) for b in range(0, rows, each)] or [(0, 0)]
+        started = [self.start(multiply(b, e), dtype) for b, e in bounds]
+        parts = [finish() for finish in started]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def start(self, y: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Start to add up an addend; what is returned waits for the sum, which is rounded once."""
+        begin = self.group.start_scattered_sum if self.scatter else self.group.start_sum
+        return begin(y, dtype, self.bias)
 
     def _partial(self, x: Tensor) -> Tensor:
         buffers, names = self._buffers, self.names
@@ -182,24 +207,19 @@ class RowParallelLinear(Linear):
         )  # fmt: skip
         return y
 
-    def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        return (y if self.bias is None else y + self.bias.float()).to(dtype)
-
     def extra_repr(self) -> str:
         cut = f", {len(self.part.cut)} activation groups cut" if self.part.cut else ""
         b, e = self.part.cols
         return f"{super().extra_repr()}, columns {b} … {e}, rank {self.group.rank} of {self.group.size}{cut}"
 
 
-def split_rows(q: BlockScaled, chunks: int) -> list[BlockScaled]:
-    """A quantized `[rows, K]` (a scale serves one row) in so many pieces."""
-    if chunks == 1:
-        return [q]
-    parts = zip(q.data.view(torch.uint8).chunk(chunks), q.scale.chunk(chunks), strict=True)
-    return [
-        BlockScaled.trusted(data.view(q.data.dtype), scale, q.format, "row", (data.shape[0], q.shape[1]))
-        for data, scale in parts
-    ]
+def rows_of(q: BlockScaled, begin: int, end: int) -> BlockScaled:
+    """Some rows of a quantized `[rows, K]` in which a scale serves one row."""
+    if (begin, end) == (0, q.shape[0]):
+        return q
+    q = convert(q, "row")
+    data = q.data.view(torch.uint8)[begin:end].view(q.data.dtype)
+    return BlockScaled.trusted(data, q.scale[begin:end], q.format, "row", (end - begin, q.shape[1]))
 
 
 def add_guards(x: Tensor, part: Piece, group: Group) -> Tensor:

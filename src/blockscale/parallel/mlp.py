@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import ColumnParallelLinear, RowParallelLinear
+from ..tensor import BlockScaled
+from .collectives import Arriving
+from .linear import ColumnParallelLinear, RowParallelLinear, family, reads, rows_of
 
 
 class ParallelMLP(nn.Module):
@@ -14,29 +18,71 @@ class ParallelMLP(nn.Module):
 
     gate_up: with `rows_of_x`, its part `[2 i, K]` gate rows first. down: with `scatter`, no activation group cut.
     chunks: the tokens go through in so many pieces; while one is multiplied, the next arrives and the last leaves.
+    A `DirectGroup` needs none: this rank's tokens are multiplied while the others' arrive, and the others' sums leave
+    while this rank's are multiplied.
+    norm: `(weight [K], eps)` of an RMSNorm before the layer; each rank then normalises its own tokens only, in the
+    pass that quantizes them.
 
     forward: `x: [t, K]` bf16, this rank's tokens (the same number on every rank, a multiple of `chunks`) -> `[t, K]`.
-    Between ranks travel FP8 bytes and scales on the way in (`ColumnParallelLinear.wire`), fp32 sums on the way out.
+    Between ranks travel FP8 bytes and scales on the way in (`ColumnParallelLinear.wire`), partial sums on the way out.
     """
 
-    def __init__(self, gate_up: ColumnParallelLinear, down: RowParallelLinear, *, chunks: int = 1) -> None:
+    def __init__(
+        self,
+        gate_up: ColumnParallelLinear,
+        down: RowParallelLinear,
+        *,
+        chunks: int = 1,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_up, self.down, self.chunks = gate_up, down, chunks
+        self.gate_up, self.down, self.chunks, self.norm = gate_up, down, chunks, norm
         act = down.numerics.activation_format(down.format)
         assert act is not None, "weight-only numerics have nothing to fuse: use the two layers"
         self._act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        sent = [self.gate_up.start_gather(part) for part in x.chunk(self.chunks)]
-        sums = [self._multiply(part, x.dtype) for part in sent]
-        return self.down.finish(sums, x.dtype)
+        group, down = self.down.group, self.down
+        rows = group.size * x.shape[0]
+        if group.takes_turns(rows, down.out_features, down.numerics.sum_dtype):
+            return self._in_turns(x, rows)
+        started = [self._send(part) for part in x.chunk(self.chunks)]
+        sums = [down.start(down.multiply_quantized(self._hidden(sent.whole(), x.dtype)), x.dtype) for sent in started]
+        parts = [finish() for finish in sums]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _multiply(self, sent: list[Tensor], dtype: torch.dtype) -> Tensor:
-        hidden = ops.swiglu_quantize(
-            self.gate_up.finish_gather(sent, dtype), self._act.name, scale_rounding=self._act.scale_rounding,
-            floor=self.down.numerics.act_floor,
+    def _in_turns(self, x: Tensor, rows: int) -> Tensor:
+        group, down, wire, here = self.down.group, self.down, self.gate_up.wire.format, x.shape[0]
+        sends = "row" if wire is None else reads(self.gate_up, wire, here, x.dtype)
+        keeps = reads(down, self._act, here, down.numerics.sum_dtype)
+        sent = self._send(x, own=False, layout=sends)
+        hidden = {group.rank: self._hidden(sent.of(group.rank), x.dtype, sends, keeps)}
+        hidden |= {r: self._hidden(sent.of(r), x.dtype, sends, keeps) for r in range(group.size) if r != group.rank}
+
+        def multiply(begin: int, end: int) -> Tensor:
+            rank, first = divmod(begin, here)
+            return down.multiply_quantized(rows_of(hidden[rank], first, first + end - begin))
+
+        return down.sum_over_ranks(multiply, rows, x.dtype)
+
+    def _send(self, x: Tensor, *, own: bool = True, layout: str = "row") -> Arriving:
+        fmt = self.gate_up.wire.format
+        if fmt is None:
+            assert self.norm is None, "norm: needs activations that travel quantized"
+            return self.gate_up.start_gather(x, own=own)
+        floor, kernel = self.gate_up.numerics.act_floor, family(self.gate_up.kernel)
+        how: Any = {"scale_rounding": fmt.scale_rounding, "floor": floor, "layout": layout, "kernel": kernel}
+        if self.norm is None:
+            q = ops.quantize(x, fmt.name, **how)
+        else:
+            q = ops.rmsnorm_quantize(x, *self.norm, fmt.name, **how)
+        return self.gate_up.send_quantized(q, own=own)
+
+    def _hidden(self, rows: list[Tensor], dtype: torch.dtype, came: str = "row", layout: str = "row") -> BlockScaled:
+        return ops.swiglu_quantize(
+            self.gate_up.multiply_sent(rows, dtype, came), self._act.name, scale_rounding=self._act.scale_rounding,
+            floor=self.down.numerics.act_floor, layout=layout,
         )  # fmt: skip
-        return self.down.start_quantized(hidden)
 
     def extra_repr(self) -> str:
         return f"{self.chunks} chunks"

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import BlockscaleError
 from .collectives import Group
 from .errors import PlanError, RankError
+from .route import Route, Sums, choose
 from .watch import Watch, speaks
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
@@ -31,7 +32,7 @@ class World:
     """This process among the others.
 
     rank, size: its number and how many there are. device: where it computes. tp: all ranks. outer: ranks that hold
-    other experts, inner: ranks that hold other slices of the same ones (`plan`).
+    other experts, inner: ranks that hold other slices of the same ones (`plan`). sums: how those of all ranks travel.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class World:
     tp: Group
     outer: Group
     inner: Group
+    sums: Route
 
     @property
     def speaks(self) -> bool:
@@ -57,12 +59,15 @@ def started() -> bool:
 
 
 @contextmanager
-def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: float = 60.0) -> Iterator[World]:
+def joined(
+    device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: float = 60.0, sums: Sums = "auto"
+) -> Iterator[World]:
     """Join the ranks that torchrun started, for the time of the context.
 
     device: kind; each rank takes the one of its local number. ep: groups of experts, or what makes it from the number
     of ranks, which it must divide.
     timeout: seconds without a sign of life after which a rank is given up and all others end.
+    sums: "direct" (through shared memory, `direct`), "backend" (torch.distributed's) or the better one that can be.
 
     An exception on one rank ends every process: the first report is printed once, by rank 0, and all leave with exit
     code 2 (130 when interrupted) without waiting for each other. Errors inside are therefore not for the caller.
@@ -84,7 +89,8 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
             BACKENDS[kind], store=PrefixStore("blockscale", store), rank=rank, world_size=size,
             timeout=timedelta(seconds=COLLECTIVE * timeout), device_id=None if kind == "cpu" else here,
         )  # fmt: skip
-        yield World(rank, size, here, *_groups(kind, groups, size))
+        everyone, route = choose(sums, here, int(os.environ.get("LOCAL_WORLD_SIZE", size)), BACKENDS[kind])
+        yield World(rank, size, here, *_groups(everyone, kind, groups, size), route)
         watch.stop()
         dist.destroy_process_group()
     except KeyboardInterrupt:
@@ -96,8 +102,7 @@ def joined(device: str = "cpu", *, ep: int | Callable[[int], int] = 1, timeout: 
         _fail(watch, e)
 
 
-def _groups(kind: str, ep: int, size: int) -> tuple[Group, Group, Group]:
-    everyone = Group(dist.group.WORLD)
+def _groups(everyone: Group, kind: str, ep: int, size: int) -> tuple[Group, Group, Group]:
     if ep in (1, size):
         return (everyone, Group(), everyone) if ep == 1 else (everyone, everyone, Group())
     mesh = init_device_mesh(kind, (ep, size // ep), mesh_dim_names=("experts", "slices"))

@@ -90,6 +90,8 @@ class _Linear(_Gluon):
 
 class _Matmul(_Gluon):
     op = "matmul"
+    x_layout = "tma"
+    """Other layouts of x's scales are converted first."""
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
         yield from super().why_not(problem, platform)

@@ -77,7 +77,9 @@ class Prepared:
 
     def __call__(self, x: Tensor, x_address: int, bias: Tensor | None) -> Tensor:
         """x: [..., K], its M rows one after another from `x_address`."""
-        y = x.new_empty(self.m, self.y_cols) if x.dim() == 2 else x.new_empty(*x.shape[:-1], self.y_cols)
+        shape = (self.m, self.y_cols) if x.dim() == 2 else (*x.shape[:-1], self.y_cols)
+        out = self.problem.out_dtype  # not always x's: a partial sum over ranks is fp32
+        y = x.new_empty(shape) if out is x.dtype else x.new_empty(shape, dtype=out)
         self.x_address.value = x_address
         if bias is not None:
             self.bias_address.value = bias.data_ptr()
