@@ -29,7 +29,8 @@ OVERRIDE = "BLOCKSCALE_KERNEL"
 
 __all__ = [
     "ANY_LAYOUT", "ENTRY_POINTS", "OPS", "OVERRIDE", "Decision", "Kernel", "Plan", "Problem", "QuantizerTolerance",
-    "Span", "broken", "explain", "kernels", "on_change", "ordered", "plan_for", "register", "select", "unregister",
+    "Span", "answers_to", "broken", "covers", "explain", "kernels", "on_change", "ordered", "plan_for", "register",
+    "select", "unregister",
 ]  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def ordered(text: str) -> dict[str, str]:
 def _select(problem: Problem, platform: Platform, order: str | None, repack: bool) -> Plan:
     decisions = explain(problem, platform, repack=repack)
     if order is not None:
-        named = [d for d in decisions if d.kernel.name == order or d.kernel.name.startswith(order + ".")]
+        named = [d for d in decisions if answers_to(d.kernel, order)]
         if not named:
             raise UnknownNameError(f"{problem.op} kernel", order, [d.kernel.name for d in decisions])
         decisions = named
@@ -220,7 +221,7 @@ def _spans(candidates: list[Kernel]) -> tuple[Span, ...]:
     spans: list[Span] = []
     for i, lo in enumerate(starts):
         hi = starts[i + 1] - 1 if i + 1 < len(starts) else None
-        kernel = next((k for k in candidates if _covers(k, lo)), None)
+        kernel = next((k for k in candidates if covers(k, lo)), None)
         if kernel is None:
             continue
         if spans and spans[-1].kernel is kernel and spans[-1].m_max == lo - 1:
@@ -230,7 +231,13 @@ def _spans(candidates: list[Kernel]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def _covers(kernel: Kernel, m: int) -> bool:
+def answers_to(kernel: Kernel, name: str) -> bool:
+    """Whether a name means this kernel: its own ("triton.block") or its family's ("triton")."""
+    return kernel.name == name or kernel.name.startswith(name + ".")
+
+
+def covers(kernel: Kernel, m: int) -> bool:
+    """Whether it serves M rows."""
     lo, hi = kernel.m_range
     return lo <= m and (hi is None or m <= hi)
 
