@@ -22,7 +22,7 @@ XPU = Path(__file__).parent / "xpu.json"
 
 PLATFORMS = {
     "cpu:avx512+cpu-native=avx512bf16": "executed: every conformance case in CI",
-    "cpu:avx512+cpu-native=avx512": "the same",
+    "cpu:avx512+cpu-native=avx512": "executed: every conformance case on 2026-11-25 (forced); kernel tests in CI",
     "cpu:avx2+cpu-native=avx2": "the same",
     "cpu:neon+cpu-native=neon": "native tests under qemu-user; never run on hardware",
     "cpu:avx2": "no compiler at installation: executed in CI",

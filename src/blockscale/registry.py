@@ -63,6 +63,7 @@ def forget() -> None:
     """Drop every memoised choice: the kernels changed, or what is known of them."""
     kernels.cache_clear()
     _select.cache_clear()
+    _announce.cache_clear()
     for callback in on_change:
         callback()
 
@@ -202,11 +203,17 @@ def _select(problem: Problem, platform: Platform, order: str | None, repack: boo
         spans = _spans([k for k in accepted if k.layout in (layout, ANY_LAYOUT)])
         if spans[0].m_min == 1 and spans[-1].m_max is None and _gapless(spans):
             plan = Plan(layout, spans)
-            logger.info("%s on %s: %s", problem, platform, plan)
+            _announce(f"{problem} on {platform}: {plan}")
             return plan
     lines = [f"  {d.kernel.name}: {'; '.join(d.reasons) or _serves(d.kernel)}" for d in decisions]
     asked = f" (ordered: {order})" if order else ""
     raise NoKernelError("\n".join([f"no kernel{asked} for {problem}", f"on {platform}:", *lines]))
+
+
+@cache
+def _announce(choice: str) -> None:
+    """Once: loading and calling ask about the same layer, one with and one without another layout."""
+    logger.info(choice)
 
 
 def _serves(kernel: Kernel) -> str:
