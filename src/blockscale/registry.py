@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -83,20 +83,21 @@ def kernels() -> tuple[Kernel, ...]:
             _check(kernel, found)
             found.append(kernel)
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        for kernel in _load(entry):
-            _check(kernel, found, where=f"entry point {entry.name} = {entry.value}")
-            found.append(kernel)
+        found += _load(entry, found)
     return tuple(sorted([*found, *_registered], key=lambda k: (k.op, -k.priority)))
 
 
 broken: dict[str, str] = {}
-"""Entry points that could not be loaded, and why. They are logged, and `blockscale doctor` lists them."""
+"""Entry points without kernels here, and why. They are logged; `blockscale doctor` and `explain` list them."""
 
 
-def _load(entry: metadata.EntryPoint) -> list[Kernel]:
-    """A package's kernels; none when it cannot be imported: another's half-installed package must not stop ours."""
+def _load(entry: metadata.EntryPoint, others: list[Kernel]) -> list[Kernel]:
+    """A package's kernels; none when it cannot be imported or one of them cannot be taken: another's half-installed
+    package, or two that chose the same priority, must not stop ours."""
     try:
         found: list[Kernel] = list(entry.load())
+        for i, kernel in enumerate(found):
+            _check(kernel, [*others, *found[:i]])
         broken.pop(entry.value, None)
     except Exception as e:  # whatever its import raises
         broken[entry.value] = f"{type(e).__name__}: {e}"
@@ -105,19 +106,18 @@ def _load(entry: metadata.EntryPoint) -> list[Kernel]:
     return found
 
 
-def _check(kernel: Kernel, others: Iterator[Kernel] | list[Kernel] | tuple[Kernel, ...], where: str = "") -> None:
-    at = f" ({where})" if where else ""
+def _check(kernel: Kernel, others: Sequence[Kernel]) -> None:
     missing = [a for a in ("name", "op", "layout", "priority", "m_range", "why_not", "run") if not hasattr(kernel, a)]
     if missing:
-        raise BlockscaleError(f"kernel {kernel!r} lacks {', '.join(missing)}{at}")
+        raise BlockscaleError(f"kernel {kernel!r} lacks {', '.join(missing)}")
     if kernel.op not in OPS:
         raise UnknownNameError("op", kernel.op, OPS, where=f"kernel {kernel.name}")
     for other in others:
         if other.op == kernel.op and other.name == kernel.name:
-            raise BlockscaleError(f"kernel {kernel.name}: another {kernel.op} kernel has this name{at}")
+            raise BlockscaleError(f"kernel {kernel.name}: another {kernel.op} kernel has this name")
         if other.op == kernel.op and other.priority == kernel.priority:
             raise BlockscaleError(
-                f"kernel {kernel.name}: priority {kernel.priority} for {kernel.op} is taken by {other.name}{at}"
+                f"kernel {kernel.name}: priority {kernel.priority} for {kernel.op} is taken by {other.name}"
             )
 
 
