@@ -21,12 +21,15 @@ PAGE, AOT = Path(__file__).parent / "platforms.md", Path(__file__).parent / "aot
 XPU = Path(__file__).parent / "xpu.json"
 
 PLATFORMS = {
-    "cpu:avx2": "executed in CI",
-    "cpu:neon": "not run on hardware",
+    "cpu:avx512+cpu-native=avx512bf16": "executed: every conformance case in CI",
+    "cpu:avx512+cpu-native=avx512": "executed: every conformance case on 2026-11-25 (forced); kernel tests in CI",
+    "cpu:avx2+cpu-native=avx2": "the same",
+    "cpu:neon+cpu-native=neon": "native tests under qemu-user; never run on hardware",
+    "cpu:avx2": "no compiler at installation: executed in CI",
     "cuda:sm_75+triton=3.6": "compiled for it in CI (below); not run on it",
     "cuda:sm_80+triton=3.6": "compiled for it in CI; not run on it",
     "cuda:sm_89+triton=3.6": "compiled for it in CI; not run on it",
-    "cuda:sm_90+triton=3.6": "executed: see bench/results/",
+    "cuda:sm_90+triton=3.6": "executed on an H100: conformance, models, timings (bench/results/)",
     "cuda:sm_100+triton=3.6": "compiled for it in CI; not run on it",
     "cuda:sm_120+triton=3.6": "compiled for it in CI; not run on it",
     "rocm:gfx90a+triton=3.6": "compiled for it in CI; not run on it",

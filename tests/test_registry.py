@@ -3,9 +3,11 @@ from importlib import metadata
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import blockscale
 from blockscale import BlockscaleError, NoKernelError, Platform, UnknownNameError, registry
+from blockscale.cli import app
 from blockscale.registry import Plan, Problem, Span, explain, kernels, select
 
 CPU = Platform.parse("cpu:avx2")
@@ -154,6 +156,27 @@ def test_third_party_kernels_come_through_the_entry_point(monkeypatch):
     try:
         assert select(problem(), CPU).pick(1) is third
     finally:
+        kernels.cache_clear()
+        registry._select.cache_clear()
+
+
+def test_packages_that_clash_stop_nobody_else(monkeypatch):
+    """Two packages with one priority: the second is left out, and said to be."""
+    packages = {"one": [Fake("one.linear", 5000)], "two": [Fake("two.linear", 5001), Fake("two.other", 5000)]}
+    entries = [metadata.EntryPoint(name, f"{name}:KERNELS", registry.ENTRY_POINTS) for name in packages]
+    monkeypatch.setattr(metadata.EntryPoint, "load", lambda self: packages[self.name])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: entries if group == registry.ENTRY_POINTS else [])
+    kernels.cache_clear()
+    try:
+        names = [k.name for k in kernels()]
+        assert "one.linear" in names
+        assert not {"two.linear", "two.other"} & set(names)
+        assert registry.broken == {
+            "two:KERNELS": "BlockscaleError: kernel two.other: priority 5000 for linear is taken by one.linear"
+        }
+        assert "not loaded two:KERNELS" in CliRunner().invoke(app, ["explain", "--shape", "192,576"]).stdout
+    finally:
+        registry.broken.clear()
         kernels.cache_clear()
         registry._select.cache_clear()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -29,7 +29,8 @@ OVERRIDE = "BLOCKSCALE_KERNEL"
 
 __all__ = [
     "ANY_LAYOUT", "ENTRY_POINTS", "OPS", "OVERRIDE", "Decision", "Kernel", "Plan", "Problem", "QuantizerTolerance",
-    "Span", "broken", "explain", "kernels", "on_change", "ordered", "plan_for", "register", "select", "unregister",
+    "Span", "answers_to", "broken", "covers", "explain", "kernels", "on_change", "ordered", "plan_for", "register",
+    "select", "unregister",
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def forget() -> None:
     age += 1
     kernels.cache_clear()
     _select.cache_clear()
+    _announce.cache_clear()
     for callback in on_change:
         callback()
 
@@ -85,20 +87,21 @@ def kernels() -> tuple[Kernel, ...]:
             _check(kernel, found)
             found.append(kernel)
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        for kernel in _load(entry):
-            _check(kernel, found, where=f"entry point {entry.name} = {entry.value}")
-            found.append(kernel)
+        found += _load(entry, found)
     return tuple(sorted([*found, *_registered], key=lambda k: (k.op, -k.priority)))
 
 
 broken: dict[str, str] = {}
-"""Entry points that could not be loaded, and why. They are logged, and `blockscale doctor` lists them."""
+"""Entry points without kernels here, and why. They are logged; `blockscale doctor` and `explain` list them."""
 
 
-def _load(entry: metadata.EntryPoint) -> list[Kernel]:
-    """A package's kernels; none when it cannot be imported: another's half-installed package must not stop ours."""
+def _load(entry: metadata.EntryPoint, others: list[Kernel]) -> list[Kernel]:
+    """A package's kernels; none when it cannot be imported or one of them cannot be taken: another's half-installed
+    package, or two that chose the same priority, must not stop ours."""
     try:
         found: list[Kernel] = list(entry.load())
+        for i, kernel in enumerate(found):
+            _check(kernel, [*others, *found[:i]])
         broken.pop(entry.value, None)
     except Exception as e:  # whatever its import raises
         broken[entry.value] = f"{type(e).__name__}: {e}"
@@ -107,19 +110,18 @@ def _load(entry: metadata.EntryPoint) -> list[Kernel]:
     return found
 
 
-def _check(kernel: Kernel, others: Iterator[Kernel] | list[Kernel] | tuple[Kernel, ...], where: str = "") -> None:
-    at = f" ({where})" if where else ""
+def _check(kernel: Kernel, others: Sequence[Kernel]) -> None:
     missing = [a for a in ("name", "op", "layout", "priority", "m_range", "why_not", "run") if not hasattr(kernel, a)]
     if missing:
-        raise BlockscaleError(f"kernel {kernel!r} lacks {', '.join(missing)}{at}")
+        raise BlockscaleError(f"kernel {kernel!r} lacks {', '.join(missing)}")
     if kernel.op not in OPS:
         raise UnknownNameError("op", kernel.op, OPS, where=f"kernel {kernel.name}")
     for other in others:
         if other.op == kernel.op and other.name == kernel.name:
-            raise BlockscaleError(f"kernel {kernel.name}: another {kernel.op} kernel has this name{at}")
+            raise BlockscaleError(f"kernel {kernel.name}: another {kernel.op} kernel has this name")
         if other.op == kernel.op and other.priority == kernel.priority:
             raise BlockscaleError(
-                f"kernel {kernel.name}: priority {kernel.priority} for {kernel.op} is taken by {other.name}{at}"
+                f"kernel {kernel.name}: priority {kernel.priority} for {kernel.op} is taken by {other.name}"
             )
 
 
@@ -196,7 +198,7 @@ def ordered(text: str) -> dict[str, str]:
 def _select(problem: Problem, platform: Platform, order: str | None, repack: bool) -> Plan:
     decisions = explain(problem, platform, repack=repack)
     if order is not None:
-        named = [d for d in decisions if d.kernel.name == order or d.kernel.name.startswith(order + ".")]
+        named = [d for d in decisions if answers_to(d.kernel, order)]
         if not named:
             raise UnknownNameError(f"{problem.op} kernel", order, [d.kernel.name for d in decisions])
         decisions = named
@@ -205,11 +207,17 @@ def _select(problem: Problem, platform: Platform, order: str | None, repack: boo
         spans = _spans([k for k in accepted if k.layout in (layout, ANY_LAYOUT)])
         if spans[0].m_min == 1 and spans[-1].m_max is None and _gapless(spans):
             plan = Plan(layout, spans)
-            logger.info("%s on %s: %s", problem, platform, plan)
+            _announce(f"{problem} on {platform}: {plan}")
             return plan
     lines = [f"  {d.kernel.name}: {'; '.join(d.reasons) or _serves(d.kernel)}" for d in decisions]
     asked = f" (ordered: {order})" if order else ""
     raise NoKernelError("\n".join([f"no kernel{asked} for {problem}", f"on {platform}:", *lines]))
+
+
+@cache
+def _announce(choice: str) -> None:
+    """Once: loading and calling ask about the same layer, one with and one without another layout."""
+    logger.info(choice)
 
 
 def _serves(kernel: Kernel) -> str:
@@ -224,7 +232,7 @@ def _spans(candidates: list[Kernel]) -> tuple[Span, ...]:
     spans: list[Span] = []
     for i, lo in enumerate(starts):
         hi = starts[i + 1] - 1 if i + 1 < len(starts) else None
-        kernel = next((k for k in candidates if _covers(k, lo)), None)
+        kernel = next((k for k in candidates if covers(k, lo)), None)
         if kernel is None:
             continue
         if spans and spans[-1].kernel is kernel and spans[-1].m_max == lo - 1:
@@ -234,7 +242,13 @@ def _spans(candidates: list[Kernel]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def _covers(kernel: Kernel, m: int) -> bool:
+def answers_to(kernel: Kernel, name: str) -> bool:
+    """Whether a name means this kernel: its own ("triton.block") or its family's ("triton")."""
+    return kernel.name == name or kernel.name.startswith(name + ".")
+
+
+def covers(kernel: Kernel, m: int) -> bool:
+    """Whether it serves M rows."""
     lo, hi = kernel.m_range
     return lo <= m and (hi is None or m <= hi)
 

@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.markup import escape
 
+from .. import registry
 from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
 from ..errors import BlockscaleError, CheckpointError, NoKernelError
 from ..formats import get_format
@@ -82,6 +83,8 @@ def register(app: typer.Typer) -> None:
                 _show(problem, where, kernel, count)
             if len(problems) > 1:
                 _summarize(problems, where, kernel)
+            for entry, why in registry.broken.items():
+                console().print(f"\n[red]not loaded[/red] {entry}: {escape(why)}", highlight=False)
             if platform and not where.features:
                 console().print(f"\ndescribed without packages; with one: {where}+{_lacks(where)}", highlight=False)
 

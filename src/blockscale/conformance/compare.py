@@ -1,4 +1,4 @@
-"""Results against the definition: the bounds, where they come from, and the first or worst element beyond them.
+"""Results against the definition: the bounds, where they come from, and the first element beyond them.
 
 Multiplications are held to this, element by element (docs/conformance.md derives it):
 
@@ -37,22 +37,23 @@ def bound(case: Case, want: Expected, dtype: torch.dtype, accumulation_error: fl
 
 
 def product(got: Tensor, case: Case, want: Expected, accumulation_error: float) -> Found:
-    """A multiplication's worst element over its bound. got: on the CPU."""
+    """A multiplication's first element beyond its bound, and the worst error over its bound. got: on the CPU."""
     if tuple(got.shape) != tuple(want.value.shape) or got.dtype != case.x_dtype:
         return [], _kind(got), f"{case.x_dtype} {list(want.value.shape)}", float("inf")
     value = got.double()
     error = (value - want.value).abs() / bound(case, want, got.dtype, accumulation_error)
     same = (value == want.value) | (value.isnan() & want.value.isnan())  # infinities: their difference is NaN
     error = torch.where(same, 0.0, error).nan_to_num(torch.inf)
-    worst = int(error.argmax())
-    at = [worst // got.shape[1], worst % got.shape[1]]
-    top = float(error.flatten()[worst])
+    top = float(error.max())
     if top <= 1:
         return None, "", "", top
+    wrong = (error > 1).nonzero()
+    at, worst = wrong[0].tolist(), divmod(int(error.argmax()), got.shape[1])
     exact = want.value[at[0], at[1]]
     rounded = exact.to(got.dtype).reshape(1)
-    texts = f"{exact.item():.9g} (bytes {_hex(raw(rounded)[0])})"
-    return at, f"{got[at[0], at[1]].item():.9g} (bytes {_hex(raw(got)[at[0], at[1]])})", texts, top
+    need = f"{exact.item():.9g} (bytes {_hex(raw(rounded)[0])})"
+    need += f"; {len(wrong)} of {error.numel()} beyond the bound, {top:.3g} of it at {list(worst)}"
+    return at, f"{got[at[0], at[1]].item():.9g} (bytes {_hex(raw(got)[at[0], at[1]])})", need, top
 
 
 def row_error(got: Tensor, want: Expected) -> float:
@@ -113,10 +114,10 @@ def fused(got: BlockScaled, case: Case, o: Operands) -> Found:
     value = reference.dequantize(got)
     error = ((value - h).abs() / limit).nan_to_num(torch.inf)
     error = torch.where(h.isfinite(), error, torch.where(value.isnan(), 0.0, torch.inf))
-    at = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     top = float(error.max())
     if top <= 1:
         return None, "", "", top
+    at = (error > 1).nonzero()[0].tolist()
     return at, f"{value[at[0], at[1]].item():.9g}", f"{h[at[0], at[1]].item():.9g}", top
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import environment, layouts, reference
 from ..errors import UnknownNameError
 from ..platform import Platform, detect
-from ..registry import ANY_LAYOUT, Kernel, QuantizerTolerance, explain, kernels
+from ..registry import ANY_LAYOUT, Kernel, QuantizerTolerance, answers_to, covers, explain, kernels
 from ..tensor import BlockScaled
 from . import compare, memory
 from .cases import Case, cases
@@ -66,7 +66,7 @@ def run(
     instead of the device's own (stand-ins of another platform's ops; not with workers).
     Raises UnknownNameError when no kernel has the name.
     """
-    if kernel is not None and not any(_named(k, kernel) for k in kernels()):
+    if kernel is not None and not any(answers_to(k, kernel) for k in kernels()):
         raise UnknownNameError("kernel", kernel, sorted({k.name for k in kernels()}))
     platform = platform or detect(device)
     report, began = Report(str(platform), about=environment.facts(device)), time.monotonic()
@@ -96,7 +96,7 @@ def candidates(case: Case, platform: Platform, name: str | None = None) -> list[
     return [
         d.kernel
         for d in explain(case.problem(), platform, repack=not packed)
-        if d.accepted and (name is None or _named(d.kernel, name)) and _serves(d.kernel, case.m)
+        if d.accepted and (name is None or answers_to(d.kernel, name)) and covers(d.kernel, case.m)
     ]
 
 
@@ -179,15 +179,6 @@ def examine(
         have, need = (b[part][tuple(at)].item() for b in (_bytes(again), first))
         return failed("repeat", at, f"byte {have:#04x} the second time", f"{need:#04x}, as the first time")
     return Verdict(None, error, row)
-
-
-def _named(kernel: Kernel, name: str) -> bool:
-    return kernel.name == name or kernel.name.startswith(name + ".")
-
-
-def _serves(kernel: Kernel, m: int) -> bool:
-    lo, hi = kernel.m_range
-    return lo <= m and (hi is None or m <= hi)
 
 
 # -- the call ------------------------------------------------------------------------------------------------------
