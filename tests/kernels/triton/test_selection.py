@@ -71,6 +71,8 @@ REFUSED = [
      "layout 'tma' holds float32 scales, fp8_1x128_ue8m0 stores torch.float8_e8m0fnu"),
     ("cuda:sm_90+triton=3.6", problem("quantize", "mxfp4", static=True),
      "given scales: only 8-bit elements in layout 'row', got mxfp4 in 'row'"),
+    ("cuda:sm_90+triton=3.6", problem("matmul", "mxfp4", x_format=get_format("fp8_1x81")),
+     "fp8_1x81 has odd groups, and mxfp4 packs two elements in a byte"),
     ("cuda:sm_90+triton=3.6", problem("swiglu_quantize", "fp8_row"),
      "fuses with formats whose scale serves part of a row, not fp8_row"),
 ]  # fmt: skip
@@ -113,6 +115,8 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
     ("cuda:sm_75", None, "fp8_128x128", "weight_only cast fp8 none loop 128 float32"),
+    ("cuda:sm_80", "fp8_1x80", "mxfp4", "codec value fp4 ptx loop loop 16 bfloat16"),
+    ("cuda:sm_80", "mxfp8", "fp8_128x48", "codec value ptx loop loop 16 bfloat16"),
     ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx checked loop loop 16 float16"),
 ]  # fmt: skip
 

@@ -58,12 +58,6 @@ def has_tma(platform: Platform) -> bool:
     return platform.capability in (90, 100, 103)
 
 
-def long_sums(platform: Platform) -> bool:
-    """Whether a K step shorter than a span of scales leaves its products in the matrix unit's accumulators until the
-    span is whole: fewer multiplications outside of it, for as many registers more. Compiled and timed for NVIDIA."""
-    return platform.kind == "cuda"
-
-
 def multiply_options(platform: Platform) -> dict[str, str]:
     """What Intel's compiler is told of multiplications: 256 registers a thread. With 128 the shipped tiles spill.
 

@@ -106,8 +106,7 @@ def matmul(
             kernels.gemm_kernel[(tiles, tile.split)](
                 x_data, w_data, y, bias, sx[0], sw, x.global_scale if isinstance(x, BlockScaled) else None,
                 w.global_scale, part, tickets, m, n, k, x_data.stride(0), w_data.stride(0), y.stride(0), sx[1], sx[2],
-                sw_n, sw_k, **how.constants, EVEN_K=even, LONG=capability.long_sums(platform),
-                **common,
+                sw_n, sw_k, **how.constants, EVEN_K=even, **common,
             )  # fmt: skip
     return y
 

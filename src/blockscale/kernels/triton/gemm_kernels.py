@@ -114,7 +114,6 @@ def gemm_kernel(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
-    LONG: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -131,7 +130,7 @@ def gemm_kernel(
     acc = accumulate(
         x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_ptr, w_row, w_stride, sw_ptr, sw_row, sw_n, sw_k,
         K, piece * steps // SPLIT, (piece + 1) * steps // SPLIT, X_KIND, W_KIND, X_SCALE, W_SCALE, SX_KIND, SW_KIND,
-        X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, LONG, STAGES,
+        X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, STAGES,
     )  # fmt: skip
     mine = True
     if SPLIT > 1:

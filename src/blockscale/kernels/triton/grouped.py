@@ -17,7 +17,7 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
-from .capability import long_sums, multiply_options, without_fp8
+from .capability import multiply_options, without_fp8
 from .grouped_kernels import grouped_kernel, levels_kernel
 from .operands import operand, quantize_activations, reading, scale_args
 from .quantize import on_device, quantize
@@ -128,7 +128,7 @@ def grouped_matmul(
             per_expert if rows == "masked" else out_rows, experts,
             n, k, x_data.stride(0), w_data.stride(0), w_data.stride(1), y.stride(0), sx_m, sx_k, sw.stride(0), sw_n,
             sw_k, ROWS=rows, TOP_K=top_k, EXPERTS=1 << experts.bit_length(), **how.constants, EVEN_K=even, BM=tile.bm,
-            BN=tile.bn, BK=tile.bk, SWAP=tile.swap, LONG=long_sums(platform), STAGES=tile.stages,
-            num_warps=tile.warps, **multiply_options(platform),
+            BN=tile.bn, BK=tile.bk, SWAP=tile.swap, STAGES=tile.stages, num_warps=tile.warps,
+            **multiply_options(platform),
         )  # fmt: skip
     return y

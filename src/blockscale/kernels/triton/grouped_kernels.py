@@ -102,7 +102,6 @@ def grouped_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SWAP: tl.constexpr,
-    LONG: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program: BM rows of one expert by BN columns. EXPERTS: a power of two above E."""
@@ -129,7 +128,7 @@ def grouped_kernel(
             acc = accumulate(
                 x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_expert_ptr, w_row, w_stride,
                 sw_expert_ptr, sw_row, sw_n, sw_k, K, 0, count_steps(K, SPAN, BK), X_KIND, W_KIND, X_SCALE, W_SCALE,
-                SX_KIND, SW_KIND, X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, LONG, STAGES,
+                SX_KIND, SW_KIND, X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, STAGES,
             )  # fmt: skip
             acc = end_scales(
                 acc, sx_ptr, x_row, sx_m, sw_expert_ptr, sw_row, sw_n, x_level_ptr, w_level_ptr,

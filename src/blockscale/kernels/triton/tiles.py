@@ -12,7 +12,6 @@ matrix unit, so that its short accumulators do not leak; "fold": groups shorter 
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
 X_GROUP, W_GROUP, W_ROWS: elements of K (and weight rows) that share a scale; 0 is all of them.
 SPAN: K elements after which "loop" scales change (0: never). BK divides it, or the last step of a span is masked.
-LONG: products of a whole span are summed in the matrix unit before they are scaled, not those of one step only.
 SWAP: weight rows take the M side of the matrix instruction, for few tokens on chips where that side is 64 wide.
 """
 
@@ -151,7 +150,6 @@ def accumulate(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
-    LONG: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """fp32 `[BM, BN]` (or `[BN, BM]` with SWAP) of K steps first … last - 1.
@@ -161,9 +159,6 @@ def accumulate(
     """
     acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
     STEPS: tl.constexpr = 1 if SPAN == 0 else (SPAN + BK - 1) // BK
-    TOGETHER: tl.constexpr = LONG and STEPS > 1
-    if TOGETHER:
-        part = tl.zeros_like(acc)
     for step in tl.range(first, last, num_stages=STAGES):
         if SPAN == 0 or SPAN % BK == 0:
             k0 = step * BK
@@ -177,55 +172,30 @@ def accumulate(
             x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP, EVEN_K)
         if W_SCALE == "fold":
             w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP, EVEN_K)
-        if TOGETHER:
-            if SWAP:
-                part = tl.dot(w, tl.trans(x), part, input_precision="ieee")
-            else:
-                part = tl.dot(x, tl.trans(w), part, input_precision="ieee")
-            if step % STEPS == STEPS - 1 or step == last - 1:
-                acc += scaled(
-                    part, sx_ptr, x_row, sx_m, sx_k, sw_ptr, sw_row, sw_n, sw_k, k0, X_KIND, W_KIND, X_SCALE, W_SCALE,
-                    SX_KIND, SW_KIND, X_GROUP, W_GROUP, SWAP,
-                )  # fmt: skip
-                part = tl.zeros_like(acc)
+        if SWAP:
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:
-            if SWAP:
-                products = tl.dot(w, tl.trans(x), input_precision="ieee")
+            part = tl.dot(x, tl.trans(w), input_precision="ieee")
+        if X_KIND == "ptx checked" or W_KIND == "ptx checked":
+            part = tl.fma(part, 0.0, part)  # infinity, which is a NaN code's product, becomes NaN
+        if W_SCALE == "loop":
+            raw = tl.load(sw_ptr + sw_row * sw_n + group_index(k0, W_GROUP) * sw_k)
+            scale = decode_scale(raw, SW_KIND)
+            if X_SCALE == "loop":
+                x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m + group_index(k0, X_GROUP) * sx_k), SX_KIND)
+                if len(raw.shape) == 0:
+                    part *= (x_scale * scale)[None, :] if SWAP else (x_scale * scale)[:, None]
+                else:
+                    part *= scale[:, None] * x_scale[None, :] if SWAP else x_scale[:, None] * scale[None, :]
+            elif len(raw.shape) == 0:
+                part *= scale
             else:
-                products = tl.dot(x, tl.trans(w), input_precision="ieee")
-            acc += scaled(
-                products, sx_ptr, x_row, sx_m, sx_k, sw_ptr, sw_row, sw_n, sw_k, k0, X_KIND, W_KIND, X_SCALE, W_SCALE,
-                SX_KIND, SW_KIND, X_GROUP, W_GROUP, SWAP,
-            )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def scaled(
-    part, sx_ptr, x_row, sx_m, sx_k, sw_ptr, sw_row, sw_n, sw_k, k0, X_KIND: tl.constexpr, W_KIND: tl.constexpr,
-    X_SCALE: tl.constexpr, W_SCALE: tl.constexpr, SX_KIND: tl.constexpr, SW_KIND: tl.constexpr,
-    X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, SWAP: tl.constexpr,
-):  # fmt: skip
-    """Sums of products around element k0 of K, times their "loop" scales."""
-    if X_KIND == "ptx checked" or W_KIND == "ptx checked":
-        part = tl.fma(part, 0.0, part)  # infinity, which is a NaN code's product, becomes NaN
-    if W_SCALE == "loop":
-        raw = tl.load(sw_ptr + sw_row * sw_n + group_index(k0, W_GROUP) * sw_k)
-        scale = decode_scale(raw, SW_KIND)
-        if X_SCALE == "loop":
+                part *= scale[:, None] if SWAP else scale[None, :]
+        elif X_SCALE == "loop":
             x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m + group_index(k0, X_GROUP) * sx_k), SX_KIND)
-            if len(raw.shape) == 0:
-                part *= (x_scale * scale)[None, :] if SWAP else (x_scale * scale)[:, None]
-            else:
-                part *= scale[:, None] * x_scale[None, :] if SWAP else x_scale[:, None] * scale[None, :]
-        elif len(raw.shape) == 0:
-            part *= scale
-        else:
-            part *= scale[:, None] if SWAP else scale[None, :]
-    elif X_SCALE == "loop":
-        x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m + group_index(k0, X_GROUP) * sx_k), SX_KIND)
-        part *= x_scale[None, :] if SWAP else x_scale[:, None]
-    return part
+            part *= x_scale[None, :] if SWAP else x_scale[:, None]
+        acc += part
+    return acc
 
 
 @triton.jit

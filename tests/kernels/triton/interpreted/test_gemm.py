@@ -52,6 +52,19 @@ def assert_right(name, policy, dtype, shape, platform, g):
     assert worst_row(y, reference.linear(x.float(), w, bias, numerics=numerics)) < EXACT
 
 
+GROUPS = [
+    ("fp8_1x80", "mxfp4"), ("fp8_1x80", "mxfp8"), ("mxfp8", "fp8_128x48"), ("fp8_1x24", "nvfp4"), ("fp8_1x81", "mxfp8"),
+    ("fp8_1x64_ue8m0", "fp8_128x48"), ("fp8_1x64_ue8m0", "mxfp4"), ("nvfp4", "fp8_64x64_ue8m0"), ("fp8_1x96", "nvfp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "name"), GROUPS)
+def test_groups_of_two_operands_that_do_not_divide_each_other(act, name, platform, g):
+    """A scale is folded into an operand only where each of the loop's steps starts at one of its groups."""
+    xq, w = (reference.quantize(torch.randn(n, 192, generator=g), get_format(f)) for n, f in ((3, act), (24, name)))
+    assert worst_row(gemm.matmul(xq, w, platform, out_dtype=F32), reference.matmul(xq, w)) < EXACT
+
+
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("split", [1, 3])
 def test_split_and_swap(swap, split, platform, g):
