@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,6 +24,8 @@ from blockscale.kernels.triton.codec import decode, encode
 from blockscale.kernels.triton.ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 from blockscale.numerics import get_numerics
 from blockscale.platform import detect
+from blockscale.tensor import BlockScaled
+from blockscale.tuning import GemmTile
 
 
 @triton.jit
@@ -200,9 +203,40 @@ def check_repeat() -> Iterator[str]:
         yield "70000 rows: not all quantized"
 
 
+def check_rescaled() -> Iterator[str]:
+    """One sum in units of the scale at hand, and the tiles that must not take that way: against fp64."""
+    p, k = detect("cuda"), 1024
+    w = reference.quantize(torch.randn(320, k), get_format("fp8_128x128")).to("cuda")
+    xq = q.quantize(torch.randn(600, k, device="cuda"), get_format("fp8_1x128"), p, layout="tma")
+    tile = GemmTile(128, 128, 64, 4, 3, "check", rescaled=True)
+    for name in ("plain", "random scales", "zeros", "2^90 apart", "tiny"):
+        scale = xq.scale.clone()
+        if name == "random scales":
+            scale *= torch.exp2(torch.randint(-30, 30, scale.shape, device="cuda").float())
+        elif name == "zeros":
+            scale[::7, ::3] = 0
+        elif name == "2^90 apart":
+            scale[5::50, 4:] *= 2.0**90
+        elif name == "tiny":
+            scale[130] *= 2.0**-100
+        x = replace(xq, scale=scale)
+        held = replace(x, data=x.data.to(torch.float16))
+        want = reference.dequantize(x).double() @ reference.dequantize(w).double().T
+        for columns in (320, 128):
+            part = BlockScaled.trusted(w.data[:columns], w.scale[: -(-columns // 128)], w.format, "row", (columns, k))
+            y = gemm.matmul(held, part, p, out_dtype=torch.float32, native=False, tile=tile).double()
+            error = (y - want[:, :columns]).norm(dim=1) / want[:, :columns].norm(dim=1).clamp(min=1e-300)
+            if not float(error.max()) < 2e-6:
+                yield f"{name}: worst row error {float(error.max()):.2g} with {columns} columns"
+    xq.scale[17, 3] = torch.nan
+    y = gemm.matmul(replace(xq, data=xq.data.to(torch.float16)), w, p, native=False, tile=tile)
+    if not y[17].isnan().all() or not torch.isfinite(y[torch.arange(600, device="cuda") != 17]).all():
+        yield "NaN scale: not exactly its row is NaN"
+
+
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "codec": check_codec, "PTX decoder": check_ptx, "quantize bytes": check_quantize, "CUDA graph": check_graph,
-    "torch.compile": check_compile, "determinism": check_repeat,
+    "torch.compile": check_compile, "determinism": check_repeat, "rescaled sums": check_rescaled,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
 from blockscale.registry import Problem, explain, select
 from blockscale.tensor import BlockScaled
-from blockscale.tuning import gemm_tile, quantize_tile
+from blockscale.tuning import by_pointers, decoded_rows, gemm_tile, quantize_tile
 
 CHIPS = {  # platform -> (native fp8 dot, native fp8 cast, native fp8 load, TMA)
     "cuda:sm_75": (False, False, False, False), "cuda:sm_80": (False, False, False, False),
@@ -71,6 +71,8 @@ REFUSED = [
      "layout 'tma' holds float32 scales, fp8_1x128_ue8m0 stores torch.float8_e8m0fnu"),
     ("cuda:sm_90+triton=3.6", problem("quantize", "mxfp4", static=True),
      "given scales: only 8-bit elements in layout 'row', got mxfp4 in 'row'"),
+    ("cuda:sm_90+triton=3.6", problem("matmul", "mxfp4", x_format=get_format("fp8_1x81")),
+     "fp8_1x81 has odd groups, and mxfp4 packs two elements in a byte"),
     ("cuda:sm_90+triton=3.6", problem("swiglu_quantize", "fp8_row"),
      "fuses with formats whose scale serves part of a row, not fp8_row"),
 ]  # fmt: skip
@@ -113,6 +115,8 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
     ("cuda:sm_75", None, "fp8_128x128", "weight_only cast fp8 none loop 128 float32"),
+    ("cuda:sm_80", "fp8_1x80", "mxfp4", "codec value fp4 ptx loop loop 16 bfloat16"),
+    ("cuda:sm_80", "mxfp8", "fp8_128x48", "codec value ptx loop loop 16 bfloat16"),
     ("cuda:sm_80", "fp8_1x96", "fp8_64x80", "codec value ptx checked loop loop 16 float16"),
 ]  # fmt: skip
 
@@ -143,6 +147,13 @@ TILES = [
     ("cuda:sm_90+sms=132", "tma", 4096, 7168, 16384, (128, 128, 128, 1, False)),
     ("cuda:sm_90+sms=132", "tma", 4096, 2112, 7168, (128, 64, 128, 1, False)),
     ("cuda:sm_90+sms=132", "tma16", 4096, 4096, 7168, (128, 128, 64, 1, False)),
+    ("cuda:sm_90+sms=132", "native", 1, 2112, 7168, (8, 64, 128, 8, True)),
+    ("cuda:sm_90+sms=132", "native", 1, 7168, 16384, (8, 64, 128, 1, True)),
+    ("cuda:sm_90+sms=132", "native", 16, 2112, 7168, (16, 64, 128, 4, True)),
+    ("cuda:sm_90+sms=132", "native", 16, 4096, 7168, (16, 64, 128, 2, True)),
+    ("cuda:sm_90+sms=132", "codec", 128, 4096, 7168, (64, 64, 128, 1, False)),
+    ("cuda:sm_90+sms=132", "codec", 300, 4096, 7168, (64, 128, 128, 1, False)),
+    ("cuda:sm_80", "decoded", 4096, 4096, 7168, (128, 128, 128, 1, False)),
     ("cuda:sm_90+sms=132", "codec", 1, 2112, 7168, (8, 64, 128, 8, True)),
     ("cuda:sm_90+sms=132", "codec", 16, 7168, 2048, (16, 64, 128, 1, False)),
     ("cuda:sm_80", "codec", 1, 4096, 7168, (8, 64, 128, 2, True)),
@@ -151,6 +162,27 @@ TILES = [
     ("rocm:gfx1100", "codec", 1, 4096, 7168, (16, 64, 64, 2, False)),
     ("xpu:bmg", "codec", 4096, 4096, 7168, (64, 128, 32, 1, False)),
 ]
+
+
+SLICES = [  # m, n, k, rows of a block -> rows decoded at a time on 132 multiprocessors
+    (4096, 7168, 16384, 128, 1024),  # 32 MiB
+    (4096, 4096, 7168, 128, 2048),  # slices alike
+    (4096, 2112, 7168, 128, 2176), (512, 7168, 16384, 128, 7168),  # one slice
+    (512, 129280, 7168, 128, 8192),  # two programs a multiprocessor, however much that is
+    (4096, 7168, 16384, 48, 1152),  # whole blocks
+    (4096, 64, 1 << 25, 128, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "n", "k", "block", "want"), SLICES)
+def test_slices_of_decoded_weights(m, n, k, block, want):
+    assert decoded_rows(m, n, k, block, Platform.parse("cuda:sm_90+sms=132")) == want
+
+
+def test_few_rows_take_pointers_where_that_was_measured():
+    chips = ("cuda:sm_90", "cuda:sm_100", "cuda:sm_80", "rocm:gfx942")
+    assert [by_pointers(16, Platform.parse(chip)) for chip in chips] == [True, False, False, False]
+    assert not by_pointers(17, Platform.parse("cuda:sm_90"))
 
 
 @pytest.mark.parametrize(("chip", "path", "m", "n", "k", "want"), TILES)

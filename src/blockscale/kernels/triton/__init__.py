@@ -54,6 +54,11 @@ class _Multiply(_Triton):
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
         yield from super().why_not(problem, platform)
+        act, w = problem.x_format or problem.activation_format, problem.format
+        if act is not None and w is not None:
+            for one, other in ((act, w), (w, act)):
+                if one.packed and other.block[1] is not None and other.block[1] % 2 and other.block[1] < problem.k:
+                    yield f"{other} has odd groups, and {one} packs two elements in a byte"
         if self.layout == "fnuz" and not capability.dot_element(platform, "fp8fnuz"):
             yield f"re-encodes for matrix instructions that take E4M3FNUZ, which {platform.arch or platform.kind} lacks"
         if self.layout == "fnuz" and problem.format is not None and problem.format.element.name != "fp8":

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
-from ...tuning import SMALL_M, GemmPath, GemmTile, gemm_tile, multiprocessors
+from ...tuning import SMALL_M, GemmPath, GemmTile, by_pointers, decoded_rows, gemm_tile, multiprocessors
 from . import capability
 from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
@@ -73,13 +73,45 @@ def matmul(
         platform = without_fp8(platform)
     (m, k), n = x.shape, w.shape[-2]
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
-    tma = _takes_tma(x, w, how, platform)
-    if tile is None:
-        tile = gemm_tile(_TMA_PATHS[how.path] if tma else how.path, m, n, k, how.span, platform, invariant=invariant)
-    x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
+    tma = _takes_tma(x, w, how, platform) and (invariant or not by_pointers(m, platform))
+    path = _TMA_PATHS[how.path] if tma else how.path
+    x_data = operand(x, how.constants["X_KIND"], how)
+    y = x_data.new_empty((m, n), dtype=out_dtype)
+    rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path == "decoded" else max(n, 1)
+    for first in range(0, n, rows):
+        columns = y[:, first : first + rows]
+        chosen = tile or gemm_tile(path, m, columns.shape[1], k, how.span, platform, invariant=invariant)
+        part, bias_part = _rows(w, first, columns.shape[1]), None if bias is None else bias[first : first + rows]
+        _multiply(x, x_data, part, bias_part, columns, how, chosen, platform, tma, tickets)
+    return y
+
+
+def _rows(w: BlockScaled, first: int, count: int) -> BlockScaled:
+    """Rows first … first + count - 1 of a weight; first: where a block of its scales starts."""
+    if count == w.shape[-2]:
+        return w
+    data, block = w.data[first : first + count], w.format.block[0]
+    scale = w.scale if block is None else w.scale[first // block : -(-(first + count) // block)]
+    return BlockScaled.trusted(data, scale, w.format, w.layout, (count, w.shape[-1]), w.global_scale)
+
+
+def _multiply(
+    x: BlockScaled | Tensor,
+    x_data: Tensor,
+    w: BlockScaled,
+    bias: Tensor | None,
+    y: Tensor,
+    how: Reading,
+    tile: GemmTile,
+    platform: Platform,
+    tma: bool,
+    tickets: Tensor | None,
+) -> None:
+    """One launch into `y: [M, N]`, rows of which may lie further apart than N. x_data: x as the kernel reads it."""
+    (m, n), k = y.shape, w.shape[-1]
+    w_data = operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
-    y = x_data.new_empty((m, n), dtype=out_dtype)
     tile = replace(tile, bk=max(tile.bk, how.folded))
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
@@ -94,12 +126,13 @@ def matmul(
     }  # fmt: skip
     with on_device(y):
         if tma:
+            halves = 2 if tile.rescaled else tile.halves
             programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
             kernels.tma_kernel[(programs, tile.split)](
-                _blocks(x_data, tile.bm // tile.halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
+                _blocks(x_data, tile.bm, tile.bk) if tile.rescaled else None,
+                _blocks(x_data, tile.bm // halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
                 part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
-                HALVES=tile.halves, PERSISTENT=tile.programs > 0 and tile.split == 1,
-                **common,
+                HALVES=halves, RESCALED=tile.rescaled, PERSISTENT=tile.programs > 0 and tile.split == 1, **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
@@ -108,7 +141,6 @@ def matmul(
                 w.global_scale, part, tickets, m, n, k, x_data.stride(0), w_data.stride(0), y.stride(0), sx[1], sx[2],
                 sw_n, sw_k, **how.constants, EVEN_K=even, **common,
             )  # fmt: skip
-    return y
 
 
 def _takes_tma(x: BlockScaled | Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:

@@ -144,27 +144,28 @@ def gemm_kernel(
 
 
 @triton.jit
-def tma_tile(
-    x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k, sw_n, sw_k,
-    tile, SW_KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+def promoted_tile(
+    x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_at, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k, sw_k, tile, m0,
+    n0, SW_KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `tma_kernel`."""
-    pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    """The tile from row m0 of x and n0 of w: products of a step, times its scales, are added to fp32 sums.
+
+    Boxes of x_desc hold BM // HALVES rows.
+    """
     piece = tl.program_id(1)
     steps = tl.cdiv(K, BK)
     H: tl.constexpr = BM // HALVES
-    rm = pm * BM + tl.arange(0, H)
-    rn = pn * BN + tl.arange(0, BN)
+    rm = m0 + tl.arange(0, H)
+    rn = n0 + tl.arange(0, BN)
     sx_at = sx_ptr + tl.minimum(rm, M - 1).to(tl.int64) * sx_m
-    sw_at = sw_ptr + (pn * BN // 128) * sw_n
     acc = tl.zeros((BN, H), tl.float32) if SWAP else tl.zeros((H, BN), tl.float32)
     if HALVES == 2:
         sx_low = sx_ptr + tl.minimum(rm + H, M - 1).to(tl.int64) * sx_m
         low = tl.zeros((H, BN), tl.float32)
     for step in tl.range(piece * steps // SPLIT, (piece + 1) * steps // SPLIT, num_stages=STAGES):
-        w = w_desc.load([pn * BN, step * BK])
-        x = x_desc.load([pm * BM, step * BK])
+        w = w_desc.load([n0, step * BK])
+        x = x_desc.load([m0, step * BK])
         group = step * BK // 128
         w_scale = decode_scale(tl.load(sw_at + group * sw_k), SW_KIND)
         scale = tl.load(sx_at + group * sx_k) * w_scale
@@ -174,7 +175,7 @@ def tma_tile(
             acc = add_scaled_ptx(acc, tl.dot(x, w.T), scale[:, None])
         if HALVES == 2:
             scale = tl.load(sx_low + group * sx_k) * w_scale
-            low = add_scaled_ptx(low, tl.dot(x_desc.load([pm * BM + H, step * BK]), w.T), scale[:, None])
+            low = add_scaled_ptx(low, tl.dot(x_desc.load([m0 + H, step * BK]), w.T), scale[:, None])
     mine = True
     if SPLIT > 1:
         mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
@@ -184,8 +185,65 @@ def tma_tile(
             store_tile(low, y_ptr, bias_ptr, rm + H, rn, M, N, y_stride, BIAS, SWAP)
 
 
+@triton.jit
+def rescaled(
+    x_desc, w_desc, sx_ptr, sw_at, M, K, sx_m, sx_k, sw_k, m0, n0, SW_KIND: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All of K with one set of sums, held in units of the scale of the group at hand: where the next begins they are
+    multiplied by the old scale over the new, and products are added by the matrix unit itself.
+
+    -> (sums, whether they are right). Scales of a row that are zero, infinite, or more than 2^80 apart would leave
+    fp32's range on the way, so the caller takes `promoted` then. For operands whose products fp32 sums are exact of.
+    """
+    sx_at = sx_ptr + tl.minimum(m0 + tl.arange(0, BM), M - 1).to(tl.int64) * sx_m
+    unit = tl.load(sx_at) * decode_scale(tl.load(sw_at), SW_KIND)
+    least, most = unit, unit
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
+        w = w_desc.load([n0, step * BK])
+        x = x_desc.load([m0, step * BK])
+        group = step * BK // 128
+        scale = tl.load(sx_at + group * sx_k) * decode_scale(tl.load(sw_at + group * sw_k), SW_KIND)
+        if step * BK % 128 == 0:
+            acc *= (unit / scale)[:, None]
+        least, most = tl.minimum(least, scale), tl.maximum(most, scale)
+        unit = scale
+        acc = tl.dot(x, w.T, acc)
+    wrong = (least < 2.0**-100) | (most > least * 2.0**80)  # NaN is neither: its row is NaN either way
+    return acc * unit[:, None], tl.sum(wrong.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def tma_tile(
+    whole_desc, x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k,
+    sw_n, sw_k, tile, SW_KIND: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, HALVES: tl.constexpr, RESCALED: tl.constexpr, GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of `tma_kernel`."""
+    pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    m0 = pm * BM
+    n0 = pn * BN
+    sw_at = sw_ptr + (n0 // 128) * sw_n
+    right = False
+    if RESCALED:
+        acc, right = rescaled(
+            whole_desc, w_desc, sx_ptr, sw_at, M, K, sx_m, sx_k, sw_k, m0, n0, SW_KIND, BM, BN, BK, STAGES
+        )
+        rn = n0 + tl.arange(0, BN)
+        if right:
+            store_tile(acc, y_ptr, bias_ptr, m0 + tl.arange(0, BM), rn, M, N, y_stride, BIAS, SWAP)
+    if not right:
+        promoted_tile(
+            x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_at, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k, sw_k,
+            tile, m0, n0, SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, STAGES,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M", "sx_m", "sx_k", "sw_n"])
 def tma_kernel(
+    whole_desc,
     x_desc,
     w_desc,
     y_ptr,
@@ -210,6 +268,7 @@ def tma_kernel(
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
     HALVES: tl.constexpr,
+    RESCALED: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -218,17 +277,21 @@ def tma_kernel(
 
     Copies past the edge of a matrix bring zeros, so any M, N and K do (K in whole 16-byte units). BN <= 128.
     PERSISTENT (SPLIT is 1): programs walk over tiles and the copies of the next tile overlap the store.
-    HALVES: 2 multiplies the upper and the lower half of the rows one after the other, so that a warp group holds the
-    unscaled products of one half only and one copy of w serves both.
+    x_desc: boxes of BM // HALVES rows. HALVES: 2 multiplies the upper and the lower half of the rows one after the
+    other, so that a warp group holds the unscaled products of one half only and one copy of w serves both.
+    RESCALED (16-bit operands, HALVES 2, SPLIT 1): `rescaled` with whole_desc, boxes of BM rows, and `promoted_tile`
+    where a tile's scales do not allow that.
     """
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), num_stages=1):
             tma_tile(
-                x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k,
-                sw_n, sw_k, tile, SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, GROUP_M, STAGES,
+                whole_desc, x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride,
+                sx_m, sx_k, sw_n, sw_k, tile, SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, RESCALED,
+                GROUP_M, STAGES,
             )  # fmt: skip
     else:
         tma_tile(
-            x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride, sx_m, sx_k,
-            sw_n, sw_k, tl.program_id(0), SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, GROUP_M, STAGES,
+            whole_desc, x_desc, w_desc, y_ptr, bias_ptr, sx_ptr, sw_ptr, part_ptr, ticket_ptr, M, N, K, y_stride,
+            sx_m, sx_k, sw_n, sw_k, tl.program_id(0), SW_KIND, BIAS, BM, BN, BK, SPLIT, SWAP, HALVES, RESCALED,
+            GROUP_M, STAGES,
         )  # fmt: skip

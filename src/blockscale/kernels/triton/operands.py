@@ -83,6 +83,7 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
     if isinstance(x, Tensor):
         path, compute = "weight_only", x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
         x_scale, x_group, x_kind = "none", 0, "value" if compute == x.dtype else "cast"
+        w_scale, w_group = _scaling(w, compute, path, platform)
     else:
         path, compute = "codec", compute_dtype(_powers(x.format, x.scale.dtype, platform), w, platform)
         if x.data.dtype in _TL:
@@ -92,10 +93,12 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         if path != "native" and decode_first and x.format.element.bits == w.format.element.bits == 8:
             path = "decoded"
         x_scale, x_group = _scaling(x, compute, path, platform)
+        w_scale, w_group = _scaling(w, compute, path, platform)
+        if not _whole_groups(x_scale, x_group, w_scale, w_group):
+            x_scale, w_scale = ("loop" if how == "fold" else how for how in (x_scale, w_scale))
         x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
         x_kind = x_kind or _kind(x, compute, platform)
         x_kind = _checked(x_kind, compute)
-    w_scale, w_group = _scaling(w, compute, path, platform)
     w_kind = "value" if path in ("native", "decoded") else _kind(w, compute, platform)
     if path == "codec":
         w_kind = _checked(w_kind, compute)
@@ -170,6 +173,13 @@ def _scaling(q: BlockScaled, compute: torch.dtype, path: str, platform: Platform
     powers = _powers(q.format, q.scale.dtype, platform)
     exact = compute in (torch.bfloat16, torch.float32) if powers else q.format.two_level
     return ("fold" if exact and path != "native" else "loop"), group
+
+
+def _whole_groups(x_scale: str, x_group: int, w_scale: str, w_group: int) -> bool:
+    """Whether every step of the loop starts where a folded group does: a span of "loop" scales holds whole ones."""
+    if x_scale == "loop" and w_scale == "fold":
+        return x_group % w_group == 0
+    return not (x_scale == "fold" and w_scale == "loop") or w_group % x_group == 0
 
 
 def _powers(fmt: Format, scale_dtype: torch.dtype, platform: Platform) -> bool:

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
 from blockscale.kernels.triton import KERNELS, gemm, operands
+from blockscale.kernels.triton.gemm_kernels import rescaled
 from blockscale.numerics import get_numerics
 from blockscale.tuning import gemm_tile
 
@@ -50,6 +53,61 @@ def assert_right(name, policy, dtype, shape, platform, g):
     x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
     y = gemm.linear(x, w, bias, numerics, F32, platform)
     assert worst_row(y, reference.linear(x.float(), w, bias, numerics=numerics)) < EXACT
+
+
+@pytest.mark.parametrize(("name", "unit"), [("fp8_128x128", 128), ("fp8_48x80", 48), ("fp8_row", 8), ("fp8_tensor", 8)])
+def test_slices_of_decoded_rows(name, unit, platform, g, monkeypatch):
+    """Ragged N in slices of one block: each slice meets its own scales, its own part of the bias and of y."""
+    w = reference.quantize(torch.randn(2 * unit + 5, 160, generator=g), get_format(name))
+    xq = reference.quantize(torch.randn(3, 160, generator=g), get_numerics("checkpoint").activation_format(w.format))
+    bias = torch.randn(2 * unit + 5, generator=g)
+    monkeypatch.setattr(gemm, "DECODE_FIRST", 1)
+    whole = gemm.matmul(xq, w, platform, bias=bias, out_dtype=F32)
+    monkeypatch.setattr(gemm, "decoded_rows", lambda *_: unit)
+    assert torch.equal(gemm.matmul(xq, w, platform, bias=bias, out_dtype=F32), whole)
+    assert worst_row(whole, reference.matmul(xq, w) + bias) < EXACT
+
+
+@triton.jit
+def rescaled_kernel(x, w, y, right, sx, sw, M, K, sx_m, sx_k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    sums, ok = rescaled(x, w, sx, sw, M, K, sx_m, sx_k, 1, 0, 0, "float", BM, BN, BK, 1)
+    tl.store(y + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], sums)
+    tl.store(right, ok.to(tl.int32))
+
+
+SCALES = [
+    ("as they are", 1.0, True), ("ten orders apart", 1e10, True), ("zero", 0.0, False), ("infinite", torch.inf, False),
+    ("too far apart", 2.0**90, False), ("negative", -1.0, False), ("NaN", torch.nan, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("factor", "right"), [case[1:] for case in SCALES], ids=[case[0] for case in SCALES])
+def test_one_sum_in_units_of_the_scale_at_hand(factor, right, g):
+    """Right, or known not to be; a NaN scale makes its row NaN and no other."""
+    xq = reference.quantize(torch.randn(20, 640, generator=g), get_format("fp8_1x128"))
+    w = reference.quantize(torch.randn(32, 640, generator=g), get_format("fp8_128x128"))
+    xq.scale[7, 2] *= factor
+    y, ok = torch.empty(32, 32), torch.zeros(1, dtype=torch.int32)
+    blocks = [gemm._blocks(q.data.to(F16), 32, 64) for q in (xq, w)]
+    rescaled_kernel[(1,)](*blocks, y, ok, xq.scale, w.scale, 20, 640, *xq.scale.stride(), BM=32, BN=32, BK=64)
+    assert bool(ok) == right
+    rows = torch.arange(20) != (7 if factor != factor or not right else 20)
+    assert worst_row(y[:20][rows], reference.matmul(xq, w)[rows]) < EXACT
+    if right:
+        assert y[7].isnan().all() == (factor != factor)
+
+
+GROUPS = [
+    ("fp8_1x80", "mxfp4"), ("fp8_1x80", "mxfp8"), ("mxfp8", "fp8_128x48"), ("fp8_1x24", "nvfp4"), ("fp8_1x81", "mxfp8"),
+    ("fp8_1x64_ue8m0", "fp8_128x48"), ("fp8_1x64_ue8m0", "mxfp4"), ("nvfp4", "fp8_64x64_ue8m0"), ("fp8_1x96", "nvfp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "name"), GROUPS)
+def test_groups_of_two_operands_that_do_not_divide_each_other(act, name, platform, g):
+    """A scale is folded into an operand only where each of the loop's steps starts at one of its groups."""
+    xq, w = (reference.quantize(torch.randn(n, 192, generator=g), get_format(f)) for n, f in ((3, act), (24, name)))
+    assert worst_row(gemm.matmul(xq, w, platform, out_dtype=F32), reference.matmul(xq, w)) < EXACT
 
 
 @pytest.mark.parametrize("swap", [False, True])
