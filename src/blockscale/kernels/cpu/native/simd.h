@@ -67,6 +67,7 @@ INLINE To bits(From v) {
   memcpy(&to, &v, sizeof to);
   return to;
 }
+INLINE float power_of_two(int exponent) { return bits<float>((exponent + 127) << 23); }  // of a normal number
 INLINE F abs(F v) { return bits<F>(bits<I>(v) & 0x7FFFFFFF); }
 INLINE F min(F a, F b) { return a < b ? a : b; }
 INLINE F max(F a, F b) { return a > b ? a : b; }
