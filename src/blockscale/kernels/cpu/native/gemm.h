@@ -89,7 +89,7 @@ static void gemm(const LinearSpec& spec, const LinearCall& call) {
         dequantize_row(w, w.row(n), scales.of(n), c0, c1, b + (n - n0) * ldb);
       multiply_panel(x.x + m0 * x.stride + c0 * kChunk<D>, x.stride, rows, b, ldb, cols, c, cut.tile_n, k);
     }
-    finish(spec, call, m0, rows, n0, n1 - n0, c, cut.tile_n);
+    finish(spec, call, x, m0, rows, n0, n1 - n0, c, cut.tile_n);
   });
 }
 

@@ -129,7 +129,7 @@ static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
         }
       }
     }
-    finish(spec, call, m0, rows, n0, n1 - n0, c, cut.tile_n);
+    finish(spec, call, x, m0, rows, n0, n1 - n0, c, cut.tile_n);
   });
 }
 

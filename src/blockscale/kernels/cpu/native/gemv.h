@@ -51,7 +51,7 @@ NOINLINE static void gemv_special(const Weight<typename A::D>& w, int64_t n, con
   }
 }
 
-// R rows of the weight times M rows of x; out[a][r] times the row's factor is the result. S chunks at a time are summed
+// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result. S chunks at a time are summed
 // and then scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
 template <class A, int M, int R, int S>
 static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
@@ -128,12 +128,12 @@ static void gemv(const LinearSpec& spec, const LinearCall& call, const Weight<ty
       float out[M][N];
       gemv_rows<A, M, N, S>(w, n, scale, x, out);
       for (int a = 0; a < M; a++)
-        for (int r = 0; r < N; r++) y[a][n - n0 + r] = A::kPairs ? out[a][r] : out[a][r] * x.factor[a];
+        for (int r = 0; r < N; r++) y[a][n - n0 + r] = out[a][r];
     };
     int64_t n = n0;
     for (; n + R <= n1; n += R) rows(n, Count<R>());
     for (; n < n1; n++) rows(n, Count<1>());
-    finish(spec, call, 0, M, n0, n1 - n0, &y[0][0], group);
+    finish(spec, call, x, 0, M, n0, n1 - n0, &y[0][0], group);
   });
 }
 
