@@ -14,15 +14,8 @@ static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const
     Watch<typename A::Watched> watch;
     *group_scale = scale[c / w.span];
     for (const int64_t end = least(c1, c + G); c < end; c++, to += 2 * W) {
-      const uint8_t* from = row + c * B;
-      uint8_t tail[B];
-      if (c >= w.full_chunks) {
-        memset(tail, 0, B);
-        memcpy(tail, from, w.row_bytes - c * B);
-        from = tail;
-      }
       prefetch(row + w.ahead(c * B));
-      const I v = load<I>(from);
+      const I v = load_part(row + c * B, w.row_bytes - c * B);
       watch.see(v);
       I b[2];
       A::decode(v, b);

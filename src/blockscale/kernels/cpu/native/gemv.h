@@ -69,14 +69,14 @@ static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* co
   for (int64_t g = 0; g < stretches; g++) {
     if (g >= full)  // the ragged end of the rows, with zeros behind it
       UNROLL for (int r = 0; r < R; r++) {
-        memset(tail[r], 0, kStretch);
-        memcpy(tail[r], at[r], w.row_bytes - g * kStretch);
+        for (int64_t i = 0; i < kStretch; i += B) store(tail[r] + i, load_part(at[r] + i, w.row_bytes - g * kStretch - i));
         at[r] = tail[r];
       }
     const int64_t ahead = w.ahead(g * kStretch) - g * kStretch;
     typename A::Sum sum[M][R];
     UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = typename A::Sum{};
     UNROLL for (int c = 0; c < S; c++, xc += A::kVectors * W) {
+      if (M == 1 && c && g * S + c >= w.chunks) break;  // more rows of x lose more by the branch than by the zeros
       V held[M][A::kVectors];
       if (kHold)
         UNROLL for (int a = 0; a < M; a++)

@@ -39,7 +39,7 @@ static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRu
 // subnormals. Returns what undoes it.
 INLINE float normalise(float* row, int64_t count, int headroom) {
   int32_t exponent = bits<int32_t>(maximum(bits<F>(amax_bits(row, count, I{})))) >> 23;
-  int up = headroom + 127 - (exponent ? exponent : 127);
+  int up = headroom + 127 - (exponent ? exponent : 1);  // 0: a row of zeros or subnormals
   const F half = splat(ldexpf(1, up / 2)), rest = splat(ldexpf(1, up - up / 2));
   for (int64_t i = 0; i < count; i += W) store(row + i, load<F>(row + i) * half * rest);
   return ldexpf(1, headroom - up);

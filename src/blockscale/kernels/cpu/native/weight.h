@@ -86,8 +86,7 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
     const F s = w.scales(scale + index * w.step), both = s * unit;
     const int64_t end = least(c1, (index + 1) * w.span), full = least(end, w.full_chunks);
     const bool overflows = any((bits<I>(both) & 0x7F800000) == 0x7F800000);  // a scale above 2^7: two steps
-    auto chunk = [&](const uint8_t* from) __attribute__((always_inline)) {
-      const I v = load<I>(from);
+    auto chunk = [&](I v) __attribute__((always_inline)) {
       watch.see(v);
       F b[D::E];
       D::decode(v, b);
@@ -97,12 +96,10 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
     };
     for (; c < full; c++) {
       prefetch(row + w.ahead(c * B));
-      chunk(row + c * B);
+      chunk(load<I>(row + c * B));
     }
     if (c < end) {  // the ragged end of the row
-      uint8_t tail[B] = {};
-      memcpy(tail, row + c * B, w.row_bytes - c * B);
-      chunk(tail);
+      chunk(load_part(row + c * B, w.row_bytes - c * B));
       c++;
     }
   }
