@@ -14,6 +14,7 @@ Competitors, all interleaved round by round, medians of the rounds (the JSON hol
     w8a8        cpu.native, x in bf16 quantized 1x128: what the checkpoint asks for
     int16       cpu.int16, weight-only, x in fp32, M >= 8: 16-bit fixed point, by the user's leave
     slices      cpu.slices, weight-only: the path without a compiler; one shape only
+    read        M <= 4: the sum of the fp32 weights, which is as fast as this machine reads at that moment
 
 One thread is timed by its own CPU time, which a busy machine disturbs less; more threads by the wall clock. A kernel
 whose worst row is further than 1e-5 (int16: 1e-3) from fp64 is not timed. `--isa avx2` starts a process in which
@@ -85,12 +86,16 @@ def linear_rows(n: int, k: int, threads: int, args: argparse.Namespace) -> list[
     for m in args.m:
         x = torch.randn(m, k)
         half = x.bfloat16()
+        # in this order, so that no call finds the same weights in the cache
         calls: Calls = {
             "fp32": lambda x=x: F.linear(x, fp32),
-            "bf16": lambda half=half: F.linear(half, bf16),
             "exact": lambda x=x: blockscale.linear(x, w, numerics="weight_only", kernel="cpu.native"),
+            "bf16": lambda half=half: F.linear(half, bf16),
+            "read": fp32.sum,
             "w8a8": lambda half=half: blockscale.linear(half, w, kernel="cpu.native"),
         }
+        if m > 4:
+            del calls["read"]
         if m >= 8:
             calls["int16"] = lambda x=x: blockscale.linear(x, w, numerics="weight_only,int16=True")
         if (n, k) == BIG[0] and m in (1, 16, 128):
@@ -111,22 +116,43 @@ def linear_rows(n: int, k: int, threads: int, args: argparse.Namespace) -> list[
 
 
 def bandwidth(threads: int, seconds: float) -> dict[str, float]:
-    """GB/s of reading, copying and quantizing 64 MB and more."""
+    """GB/s of reading, copying and quantizing 64 MB and more.
+
+    A result of that size comes from the system page by page, which costs more than the copy: so "clone" stands beside
+    `quantize`, and "copy" beside the quantizer that writes to memory in use.
+    """
     x = torch.randn(4096, 7168)
     half, to, to_half = x.bfloat16(), torch.empty_like(x), torch.empty(4096, 7168, dtype=torch.bfloat16)
     calls: Calls = {
         "read": x.sum,
         "copy fp32": lambda: to.copy_(x),
         "copy bf16": lambda: to_half.copy_(half),
+        "quantizer fp32": quantizer(x, "fp8_1x128"),
+        "quantizer bf16": quantizer(half, "fp8_1x128"),
+        "quantizer bf16 128x128": quantizer(half, "fp8_128x128"),
+        "clone fp32": x.clone,
+        "clone bf16": half.clone,
         "quantize fp32": lambda: blockscale.quantize(x, "fp8_1x128", kernel="cpu.native"),
         "quantize bf16": lambda: blockscale.quantize(half, "fp8_1x128", kernel="cpu.native"),
         "quantize bf16 128x128": lambda: blockscale.quantize(half, "fp8_128x128", kernel="cpu.native"),
     }
-    moved = dict(zip(calls, (4, 8, 4, 5, 3, 3), strict=True))
-    times = interleaved(calls, seconds * 3, threads)
+    moved = dict(zip(calls, (4, 8, 4, 5, 3, 3, 8, 4, 5, 3, 3), strict=True))
+    times = interleaved(calls, seconds * 5, threads)
     gbps = {name: moved[name] * x.numel() / t[0] / 1e9 for name, t in times.items()}
     print(f"bandwidth threads={threads}", {a: f"{b:.1f}" for a, b in gbps.items()}, flush=True)
     return gbps
+
+
+def quantizer(x: torch.Tensor, name: str) -> Callable[[], Any]:
+    """The native quantizer alone, over and over into the same result."""
+    made, fmt = blockscale.quantize(x, name), get_format(name)
+    rule = native._rule(fmt, None, 1e-10)
+    arguments = (
+        *x.shape, x.data_ptr(), native.TYPES[x.dtype], None,
+        made.data.data_ptr(), made.scale.data_ptr(), native.TYPES[made.scale.dtype],
+    )  # fmt: skip
+    held = x, made  # what the addresses point to
+    return lambda: (native.library().blockscale_quantize(native.byref(rule), *arguments), held)
 
 
 def overhead(threads: int) -> dict[str, float]:

@@ -23,22 +23,14 @@ def markdown(report: Report, big: tuple[tuple[int, int], ...]) -> str:
         *machines(report),
         "## Geometric means over the big shapes",
         "",
-        "GB/s are those of the weights, one byte each, and their share of what a read reaches in the same run.",
+        "GB/s are those of the weights, one byte each, and their share of what a read reaches in the same rounds.",
         "",
         "| kernels | threads | M | shapes | bf16 | exact | w8a8 | int16 | exact GB/s | w8a8 GB/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (isa, threads, m), rows in groups([r for r in report["linear"] if (r["n"], r["k"]) in big]).items():
         cells = [cell(rows, name) for name in ("bf16", "exact", "w8a8", "int16")]
-        read = next(
-            (
-                h["gigabytes_per_second"]["read"]
-                for h in report["machine"]
-                if (h["isa"], h["threads"]) == (isa, threads)
-            ),
-            None,
-        )
-        rates = [rate(rows, name, read) if m <= 4 else "" for name in ("exact", "w8a8")]
+        rates = [rate(rows, name) if m <= 4 else "" for name in ("exact", "w8a8")]
         lines.append(f"| {isa} | {threads} | {m} | {len(rows)} | {' | '.join(cells + rates)} |")
     lines += [
         "",
@@ -85,6 +77,9 @@ def cell(rows: list[dict[str, Any]], name: str) -> str:
     return f"{geomean(speeds):.2f}" if len(speeds) == len(rows) else ""
 
 
-def rate(rows: list[dict[str, Any]], name: str, read: float | None) -> str:
+def rate(rows: list[dict[str, Any]], name: str) -> str:
     gbps = geomean([r["n"] * r["k"] / r["seconds"][name][0] / 1e9 for r in rows])
-    return f"{gbps:.1f}" + (f" ({100 * gbps / read:.0f} %)" if read else "")
+    if not all("read" in r["seconds"] for r in rows):
+        return f"{gbps:.1f}"
+    share = geomean([r["seconds"]["read"][0] / 4 / r["seconds"][name][0] for r in rows])  # it reads 4 bytes a weight
+    return f"{gbps:.1f} ({100 * share:.0f} %)"

@@ -101,6 +101,7 @@ class Case:
 def cases(*, quick: bool = False) -> Iterator[Case]:
     """Every case. quick: one shape and edge of each kind, for `doctor` and smoke tests."""
     yield from _linear("linear", quick)
+    yield from _int16(quick)
     yield from _matmul(quick)
     yield from _grouped(quick)
     yield from _quantize(quick)
@@ -162,6 +163,19 @@ def _linear(op: str, quick: bool) -> Iterator[Case]:
             yield Case(op, "fp8_128x128_ue8m0", 33, 320, 576, numerics=policy)
         for m in (2, 4, 8, 16, 32, 64, 65, 129, 257):  # the borders of every kernel's M range
             yield Case(op, "fp8_128x128", m, 256, 512)
+
+
+def _int16(quick: bool) -> Iterator[Case]:
+    """Multiplication in 16-bit fixed point, where the numerics allow it: `cpu.int16`, from 8 rows on."""
+    for name in () if quick else ("fp8_128x128", "fp8_128x128_ue8m0", "fp8_1x128", "fp8_row", "fp8_tensor"):
+        for policy in ("checkpoint,int16=True", "weight_only,int16=True"):
+            for m, n, k in ((8, 129, 200), (33, 320, 256), (70, 576, 384), (130, 130, 1000)):
+                yield Case("linear", name, m, n, k, F32, policy)
+            for edge in ("bias", *X_EDGES, *W_EDGES):
+                if edge not in W_EDGES or _stored(get_format(name), edge):
+                    yield Case("linear", name, 9, 130, 384, F32, policy, edge)
+            for dtype in (BF16, F16):
+                yield Case("linear", name, 9, 192, 576, dtype, policy)
 
 
 def _matmul(quick: bool) -> Iterator[Case]:

@@ -73,6 +73,26 @@ def test_extreme_scales_and_activations_keep_their_precision(isa, m, exponent, s
         assert worst_row(native.linear(problem(w, x, out=F32), x, w, None), want) < 1e-6
 
 
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_rows_of_subnormal_x_lose_nothing_beside_ordinary_weights(isa, m, dtype):
+    w = reference.quantize(torch.randn(40, 300) * 1e6, get_format("fp8_128x128"))
+    x = (torch.randn(m, 300) * 2.0**-128).to(dtype)
+    y = native.linear(problem(w, x, WEIGHT_ONLY, F32), x, w, None)
+    assert worst_row(y, exact(x, w, None, WEIGHT_ONLY)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (2, 3, 300), (300,)])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_a_bound_call_is_the_same_call(isa, shape, dtype):
+    w, bias = reference.quantize(torch.randn(40, 300), get_format("fp8_128x128")), torch.randn(40)
+    x = torch.randn(*shape, dtype=dtype)
+    p, flat = problem(w, x), x.view(-1, 300)
+    y = Linear().bind(p)(x, w.data, w.scale, None, None, bias, flat.shape[0])
+    assert y.shape == (*shape[:-1], 40)
+    assert torch.equal(y.view(-1, 40), Linear().run(p, flat, w, bias))
+
+
 @pytest.mark.parametrize("m", [1, 5])
 def test_flush_denormal_changes_no_result_and_stays_set(isa, m):
     w = BlockScaled(torch.full((1, 128), 2.0**-9).to(torch.float8_e4m3fn), torch.ones(1, 1), get_format("fp8_128x128"))

@@ -6,7 +6,7 @@ sums. Their library is optional (`setup.py`); whether it is there is the platfor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class Linear:
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
         return native.linear(problem, x, w, bias)
 
+    def bind(self, problem: Problem) -> Callable[..., Tensor]:
+        """`run` of one problem, from the parts of x and w: see `native.bind_linear`."""
+        return native.bind_linear(problem)
+
 
 class Int16Linear(Linear):
     """Prefill in 16-bit fixed point: weights in steps of 1/32, x in steps of 1/8191 of the largest of its 128 columns.
@@ -114,6 +118,9 @@ class Int16Linear(Linear):
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
         return native.linear(problem, x, w, bias, "int16")
+
+    def bind(self, problem: Problem) -> Callable[..., Tensor]:
+        return native.bind_linear(problem, "int16")
 
 
 class GroupedLinear(Linear):

@@ -122,6 +122,31 @@ class _Bound:
         self.lib = library()
         self.linear = self.lib.blockscale_linear
 
+    def __call__(
+        self, x: Tensor, data: Tensor, scale: Tensor, level: Tensor | None, static: Tensor | None, bias: Tensor | None,
+        m: int,
+    ) -> Tensor:  # fmt: skip
+        """`x: [..., K]` of M rows in all, the weight's data, scale, global_scale and input_scale -> `[..., N]`."""
+        x, data, scale = x.contiguous(), data.contiguous(), scale.contiguous()
+        if level is not None:
+            level = level.float()
+        if static is not None:
+            static = static.float() if self.static else None
+        if bias is not None:
+            bias = bias.contiguous()
+        if x.dim() == 2:
+            y = torch.empty(m, self.n, dtype=self.out_dtype)
+        else:
+            y = torch.empty(*x.shape[:-1], self.n, dtype=self.out_dtype)
+        self.linear(self.address, _CALL.pack(
+            m, x.data_ptr(), data.data_ptr(), scale.data_ptr(),
+            0 if level is None else level.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if static is None else static.data_ptr(),
+            y.data_ptr(), TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype],
+        ))  # fmt: skip
+        return y
+
 
 _bound: dict[str, dict[int, _Bound]] = {engine: {} for engine in ENGINES}
 
@@ -139,25 +164,12 @@ def _bind(problem: Problem, engine: str = "exact") -> _Bound:
 
 def linear(problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None, engine: str = "exact") -> Tensor:
     """`x: [M, K]`, `w: [N, K]` in layout "row" -> `[M, N]` in the problem's out_dtype. engine: one of ENGINES."""
-    bound = _bind(problem, engine)
-    x, data, scale, level = x.contiguous(), w.data.contiguous(), w.scale.contiguous(), w.global_scale
-    static = w.input_scale if bound.static else None
-    if level is not None:
-        level = level.float()
-    if static is not None:
-        static = static.float()
-    if bias is not None:
-        bias = bias.contiguous()
-    m = x.shape[0]
-    y = torch.empty(m, bound.n, dtype=bound.out_dtype)
-    bound.linear(bound.address, _CALL.pack(
-        m, x.data_ptr(), data.data_ptr(), scale.data_ptr(),
-        0 if level is None else level.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if static is None else static.data_ptr(),
-        y.data_ptr(), TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype],
-    ))  # fmt: skip
-    return y
+    return _bind(problem, engine)(x, w.data, w.scale, w.global_scale, w.input_scale, bias, x.shape[0])
+
+
+def bind_linear(problem: Problem, engine: str = "exact") -> _Bound:
+    """`linear` of one problem as a function of the parts alone: what an eager call is started with again and again."""
+    return _bind(problem, engine)
 
 
 def grouped_linear(problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:

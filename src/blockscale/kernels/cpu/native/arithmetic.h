@@ -10,11 +10,9 @@
 
 namespace BLOCKSCALE_ISA {
 
-constexpr int kHeadroom = 60;  // a normalised row's largest magnitude lies in 2^kHeadroom ... 2^(kHeadroom + 1)
-
 struct Unwatched { static constexpr int kSpecial = 0; };
 
-// fp32 times fp32. The weights come as D::kUnit's inverse too small.
+// fp32 times fp32. The weights come 2^kUnit too small, and x that much too large.
 template <class Element>
 struct Single {
   typedef Element D;
@@ -23,7 +21,6 @@ struct Single {
   typedef F Sum;
   static constexpr int kVectors = D::E;
   static constexpr bool kPairs = false, kIntegers = false;
-  static constexpr float kUnit = D::kUnit * 0x1p-60f;  // undoes that and the headroom
   INLINE void decode(I v, F (&out)[kVectors]) { D::decode(v, out); }
   INLINE F add(F sum, F w, F x) { return sum + w * x; }
   INLINE F value(F sum) { return sum; }
@@ -45,7 +42,6 @@ struct Bf16Pairs {
   typedef F Sum;
   static constexpr int kVectors = 2;
   static constexpr bool kPairs = true, kIntegers = false;
-  static constexpr float kUnit = 1;
 
   // The upper and lower bytes of every magnitude as bf16, NaN and infinity included. Made by the compiler: what runs when
   // the library is loaded must not need this processor.
@@ -100,14 +96,13 @@ struct Int16Pairs {
   typedef I Sum;
   static constexpr int kVectors = 2;
   static constexpr bool kPairs = true, kIntegers = true;
-  static constexpr float kUnit = 1;
   static constexpr float kSteps = 32, kMaxX = 8191;
   static constexpr float kMagic = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
   INLINE void decode(I v, I (&out)[2]) {
     F b[4];
     D::decode(v, b);
     I n[4];
-    UNROLL for (int j = 0; j < 4; j++) n[j] = bits<I>(b[j] * (D::kUnit * kSteps) + kMagic);
+    UNROLL for (int j = 0; j < 4; j++) n[j] = bits<I>(b[j] * (power_of_two(D::kUnit) * kSteps) + kMagic);
     UNROLL for (int j = 0; j < 2; j++) out[j] = (n[2 * j] & 0xFFFF) | (n[2 * j + 1] << 16);
   }
   INLINE I add(I sum, I w, I x) {

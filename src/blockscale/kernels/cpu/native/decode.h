@@ -5,7 +5,7 @@
 // (prepare.h), and a dot product does not mind.
 //
 // The trick: an element's exponent and mantissa, put where fp32 keeps its own, are the element's value times a power of
-// two (kUnit undoes it), subnormals included. That needs no table and no conversion, three operations a vector.
+// two (2^kUnit undoes it), subnormals included. That needs no table and no conversion, two or three operations a vector.
 #pragma once
 #include "numbers.h"
 
@@ -13,7 +13,7 @@ namespace BLOCKSCALE_ISA {
 
 struct E4M3 {
   static constexpr int E = 4, kMantissa = 3, kBias = 7;
-  static constexpr float kUnit = 0x1p120f;  // bias 127 - 7
+  static constexpr int kUnit = 127 - kBias;
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x87F00000);
     I odd = bits<I>(bits<H>(v) >> 4);  // 16-bit lanes: bytes 1 and 3, shifted with their sign
@@ -29,7 +29,7 @@ struct E4M3 {
 
 struct E5M2 {
   static constexpr int E = 4, kMantissa = 2, kBias = 15;
-  static constexpr float kUnit = 0x1p112f;  // bias 127 - 15
+  static constexpr int kUnit = 127 - kBias;
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x8FE00000);
     I odd = bits<I>(bits<H>(v) >> 3);
@@ -45,7 +45,7 @@ struct E5M2 {
 
 struct E2M1 {  // two to a byte, the even column in the low nibble
   static constexpr int E = 8;
-  static constexpr float kUnit = 0x1p126f;  // bias 127 - 1
+  static constexpr int kUnit = 126;
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x81C00000);
     UNROLL for (int j = 0; j < E; j++) out[j] = bits<F>(((v << (28 - 4 * j)) >> 6) & mask);

@@ -75,7 +75,7 @@ static void gemm(const LinearSpec& spec, const LinearCall& call) {
   const int64_t ldb = panel * kChunk<D> + 16;
   parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {
     static thread_local Scratch scale_memory, tile_memory, sum_memory;
-    ScaleRows<D> scales(w, scale_memory.get<float>(ScaleRows<D>::floats(w)));
+    ScaleRows<Weight<D>> scales(w, w.block_rows, scale_memory);
     float* b = tile_memory.get<float>(cut.tile_n * ldb);
     float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
     const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n);
@@ -89,7 +89,7 @@ static void gemm(const LinearSpec& spec, const LinearCall& call) {
         dequantize_row(w, w.row(n), scales.of(n), c0, c1, b + (n - n0) * ldb);
       multiply_panel(x.x + m0 * x.stride + c0 * kChunk<D>, x.stride, rows, b, ldb, cols, c, cut.tile_n, k);
     }
-    finish(spec, call, m0, rows, n0, n1 - n0, c, cut.tile_n);
+    finish(spec, call, x, m0, rows, n0, n1 - n0, c, cut.tile_n);
   });
 }
 

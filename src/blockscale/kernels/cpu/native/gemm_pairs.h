@@ -14,15 +14,8 @@ static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const
     Watch<typename A::Watched> watch;
     *group_scale = scale[c / w.span];
     for (const int64_t end = least(c1, c + G); c < end; c++, to += 2 * W) {
-      const uint8_t* from = row + c * B;
-      uint8_t tail[B];
-      if (c >= w.full_chunks) {
-        memset(tail, 0, B);
-        memcpy(tail, from, w.row_bytes - c * B);
-        from = tail;
-      }
       prefetch(row + w.ahead(c * B));
-      const I v = load<I>(from);
+      const I v = load_part(row + c * B, w.row_bytes - c * B);
       watch.see(v);
       I b[2];
       A::decode(v, b);
@@ -94,7 +87,7 @@ static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
   const int64_t ldb = 1024 / 2 + 16;
   parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {
     static thread_local Scratch scale_memory, tile_memory, sum_memory;
-    ScaleRows<D> scales(w, scale_memory.get<float>(ScaleRows<D>::floats(w)));
+    ScaleRows<Weight<D>> scales(w, w.block_rows, scale_memory);
     float* b = tile_memory.get<float>(cut.tile_n * (ldb + panel_groups));
     float* b_scale = b + cut.tile_n * ldb;
     float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
@@ -129,7 +122,7 @@ static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
         }
       }
     }
-    finish(spec, call, m0, rows, n0, n1 - n0, c, cut.tile_n);
+    finish(spec, call, x, m0, rows, n0, n1 - n0, c, cut.tile_n);
   });
 }
 

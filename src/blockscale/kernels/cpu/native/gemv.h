@@ -7,122 +7,154 @@ namespace BLOCKSCALE_ISA {
 
 constexpr int kGemvRows = 4;
 
-// R rows of the weight times M rows of x; out[a][r] times the row's factor is the result.
-template <class A, int M, int R>
-static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
-                      float (&out)[M][R]) {
-  typedef typename A::D D;
-  typedef typename A::V V;
-  constexpr int64_t B = 4 * W;  // bytes of a chunk
-  const F unit = splat(A::kUnit);
-  const uint8_t* at[R];
-  UNROLL for (int r = 0; r < R; r++) at[r] = w.row(n + r);
-  uint8_t tail[R][kGroup];
-  F total[M][R] = {};
-  Watch<typename A::Watched> watch;
-  const float* xc = x.x;
-  int64_t index = 0, left = w.span;
-  for (int64_t c0 = 0; c0 < w.chunks; c0 += w.stretch) {
-    const int64_t count = least(w.stretch, w.chunks - c0);
-    if (c0 + count > w.full_chunks)  // the ragged end of the rows, with zeros behind it
-      UNROLL for (int r = 0; r < R; r++) {
-        memset(tail[r], 0, kGroup);
-        memcpy(tail[r], at[r], w.row_bytes - c0 * B);
-        at[r] = tail[r];
-      }
-    const int64_t ahead = w.ahead(c0 * B) - c0 * B;
-    typename A::Sum sum[M][R];
-    UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = typename A::Sum{};
-#pragma GCC unroll 1
-    for (int64_t c = 0; c < count; c++, xc += A::kVectors * W) {
-      V b[R][A::kVectors];
-      UNROLL for (int r = 0; r < R; r++) {
-        if (B >= 64 || c % 2 == 0) prefetch(at[r] + ahead);
-        const I v = load<I>(at[r]);
-        at[r] += B;
-        watch.see(v);
-        A::decode(v, b[r]);
-        if (kManyRegisters) continue;  // else each row's decoded weights are used at once
-        UNROLL for (int a = 0; a < M; a++)
-          UNROLL for (int j = 0; j < A::kVectors; j++)
-            sum[a][r] = A::add(sum[a][r], b[r][j], load<V>(xc + a * x.stride + j * W));
-      }
-      if (!kManyRegisters) continue;
-      UNROLL for (int j = 0; j < A::kVectors; j++)
-        UNROLL for (int a = 0; a < M; a++) {  // a vector of x is loaded once for all rows
-          V xv = load<V>(xc + a * x.stride + j * W);
-          IN_REGISTER(xv);
-          UNROLL for (int r = 0; r < R; r++) sum[a][r] = A::add(sum[a][r], b[r][j], xv);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-      const F s = w.scales(scale[r] + index);
-      UNROLL for (int a = 0; a < M; a++) {
-        const F group = A::kPairs ? splat(x.scale[a * x.groups + c0 * kChunk<D> / kGroup]) : unit;
-        total[a][r] += A::value(sum[a][r]) * group * s;
-      }
-    }
-    if ((left -= w.stretch) <= 0) index += w.step, left = w.span;
+// Rows of the weight in flight for M rows of x: more share the loads of x, fewer leave registers for the sums.
+template <int M>
+constexpr int rows_at_once() { return !kManyRegisters ? 4 : M == 1 ? 8 : M == 2 ? 4 : 2; }
+template <int N>
+struct Count { static constexpr int value = N; };
+
+// What the sum over each stretch of kGroup columns must be multiplied by: the weight's scale and, for pairs, that of x.
+// A source for ScaleRows: [M, stretches] for each grid row, and the weight's own scales behind them.
+template <class A, int M>
+struct Multipliers {
+  const Weight<typename A::D>& w;
+  const Prepared& x;
+  const int64_t stretches = (w.k + kGroup - 1) / kGroup;
+  int64_t floats() const { return M * stretches + w.floats(); }
+  void read_scales(int64_t g, float* to) const {
+    float* own = to + M * stretches;
+    w.read_scales(g, own);
+    const int64_t each = w.block_cols / kGroup;  // stretches that share a scale
+    for (int a = 0; a < M; a++, to += stretches)
+      for (int64_t s = 0, c = 0; s < stretches; c++)
+        for (const int64_t end = least(stretches, s + each); s < end; s++)
+          to[s] = A::kPairs ? own[c] * x.scale[a * x.groups + s] : own[c];
   }
-  UNROLL for (int a = 0; a < M; a++) {
-    if constexpr (R == 4) store(out[a], sum4(total[a][0], total[a][1], total[a][2], total[a][3]));
-    else UNROLL for (int r = 0; r < R; r++) out[a][r] = BLOCKSCALE_ISA::sum(total[a][r]);
-  }
-  if constexpr (!A::kPairs) {
-    if (!watch.special()) return;
-    static thread_local Scratch memory;  // NaN or infinity among the weights: once more, the slow way
-    const int64_t count = w.chunks * kChunk<D>;
-    float* dense = memory.get<float>(count);
-    for (int r = 0; r < R; r++) {
-      dequantize_row(w, w.row(n + r), scale[r], 0, w.chunks, dense);
-      for (int a = 0; a < M; a++) {
-        F t = F{};
-        for (int64_t i = 0; i < count; i += W) t += load<F>(dense + i) * load<F>(x.x + a * x.stride + i);
-        out[a][r] = BLOCKSCALE_ISA::sum(t) * bits<float>((127 - kHeadroom) << 23);
-      }
+};
+
+// What gemv_rows below computes, the slow way: NaN or infinity is among the weights.
+template <class A, int M, int R, int S>
+NOINLINE static void gemv_special(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R],
+                                  const Prepared& x, float (&out)[M][R]) {
+  static thread_local Scratch memory;
+  const int64_t count = w.chunks * kChunk<typename A::D>;
+  float* dense = memory.get<float>(count);
+  const F down = splat(power_of_two(-A::D::kUnit));
+  for (int r = 0; r < R; r++) {
+    const float* own = S > 1 ? scale[r] + M * ((w.k + kGroup - 1) / kGroup) : scale[r];  // see Multipliers
+    dequantize_row(w, w.row(n + r), own, 0, w.chunks, dense);
+    for (int a = 0; a < M; a++) {
+      F t = F{};
+      for (int64_t i = 0; i < count; i += W) t += load<F>(dense + i) * (load<F>(x.x + a * x.stride + i) * down);
+      out[a][r] = sum(t);
     }
   }
 }
 
-template <class A, int M>
-static void gemv(const LinearSpec& spec, const LinearCall& call) {
-  typedef typename A::D D;
-  constexpr int R = M > 2 || D::E == 8 ? 2 : 4;
-  Weight<D> w(spec, call);
-  w.rows_at_once = R;
-  const Prepared x = prepare<A>(spec, call, kHeadroom);
+// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result. S chunks at a time are summed
+// and then scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
+template <class A, int M, int R, int S>
+static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
+                      float (&out)[M][R]) {
+  typedef typename A::V V;
+  constexpr int64_t B = 4 * W, kStretch = S * B;  // bytes of a chunk and of those that are summed
+  constexpr bool kHold = kManyRegisters && M * A::kVectors <= 4;  // x in registers, while R rows pass by
+  const int64_t stretches = (w.chunks + S - 1) / S, full = w.full_chunks / S;
+  const uint8_t* at[R];
+  UNROLL for (int r = 0; r < R; r++) at[r] = w.row(n + r);
+  uint8_t tail[R][kStretch];
+  F total[M][R] = {};
+  Watch<typename A::Watched> watch;
+  const float* xc = x.x;
+  for (int64_t g = 0; g < stretches; g++) {
+    if (g >= full)  // the ragged end of the rows, with zeros behind it
+      UNROLL for (int r = 0; r < R; r++) {
+        for (int64_t i = 0; i < kStretch; i += B) store(tail[r] + i, load_part(at[r] + i, w.row_bytes - g * kStretch - i));
+        at[r] = tail[r];
+      }
+    const int64_t ahead = w.ahead(g * kStretch) - g * kStretch;
+    typename A::Sum sum[M][R];
+    UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = typename A::Sum{};
+    UNROLL for (int c = 0; c < S; c++, xc += A::kVectors * W) {
+      if (M == 1 && c && g * S + c >= w.chunks) break;  // more rows of x lose more by the branch than by the zeros
+      V held[M][A::kVectors];
+      if (kHold)
+        UNROLL for (int a = 0; a < M; a++)
+          UNROLL for (int j = 0; j < A::kVectors; j++) {
+            held[a][j] = load<V>(xc + a * x.stride + j * W);
+            IN_REGISTER(held[a][j]);
+          }
+      UNROLL for (int r = 0; r < R; r++) {
+        if (c * B % 64 == 0 && (S > 1 || B >= 64 || g % (64 / B) == 0)) prefetch(at[r] + ahead + c * B);
+        const I v = load<I>(at[r] + c * B);
+        watch.see(v);
+        V b[A::kVectors];
+        A::decode(v, b);
+        UNROLL for (int a = 0; a < M; a++)
+          UNROLL for (int j = 0; j < A::kVectors; j++)
+            sum[a][r] = A::add(sum[a][r], b[j], kHold ? held[a][j] : load<V>(xc + a * x.stride + j * W));
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      at[r] += kStretch;
+      const F lanes = S > 1 ? F{} : w.scales(scale[r] + g / w.span * w.step);
+      UNROLL for (int a = 0; a < M; a++)
+        total[a][r] += A::value(sum[a][r]) * (S > 1 ? splat(scale[r][a * stretches + g]) : lanes);
+    }
+  }
+  UNROLL for (int a = 0; a < M; a++)
+    UNROLL for (int r = 0; r < R; r += 4) {
+      if constexpr (R % 4 == 0) store(out[a] + r, sum4(total[a][r], total[a][r + 1], total[a][r + 2], total[a][r + 3]));
+      else UNROLL for (int i = r; i < R; i++) out[a][i] = BLOCKSCALE_ISA::sum(total[a][i]);
+    }
+  if constexpr (!A::kPairs)
+    if (watch.special()) gemv_special<A, M, R, S>(w, n, scale, x, out);
+}
+
+template <class A, int M, int S, class Source>
+static void gemv(const LinearSpec& spec, const LinearCall& call, const Weight<typename A::D>& w, const Prepared& x,
+                 const Source& source) {
+  constexpr int R = rows_at_once<M>();
   const int64_t group = 32;
   parallel_for((w.n + group - 1) / group, (double)M * w.n * w.k, [&](int64_t task) {
     static thread_local Scratch memory;
-    ScaleRows<D> scales(w, memory.get<float>(ScaleRows<D>::floats(w)));
-    float y[M][64];
+    ScaleRows<Source> scales(source, w.block_rows, memory);
+    float y[M][group];
     const int64_t n0 = task * group, n1 = least(w.n, n0 + group);
-    auto put = [&](int a, int64_t n, float value) { y[a][n - n0] = A::kPairs ? value : value * x.factor[a]; };
+    auto rows = [&](int64_t n, auto count) {
+      constexpr int N = decltype(count)::value;
+      const float* scale[N];
+      for (int r = 0; r < N; r++) scale[r] = scales.of(n + r);
+      float out[M][N];
+      gemv_rows<A, M, N, S>(w, n, scale, x, out);
+      for (int a = 0; a < M; a++)
+        for (int r = 0; r < N; r++) y[a][n - n0 + r] = out[a][r];
+    };
     int64_t n = n0;
-    for (; n + R <= n1; n += R) {
-      const float* scale[R];
-      for (int r = 0; r < R; r++) scale[r] = scales.of(n + r);
-      float out[M][R];
-      gemv_rows<A, M, R>(w, n, scale, x, out);
-      for (int a = 0; a < M; a++) for (int r = 0; r < R; r++) put(a, n + r, out[a][r]);
-    }
-    for (; n < n1; n++) {
-      const float* scale[1] = {scales.of(n)};
-      float out[M][1];
-      gemv_rows<A, M, 1>(w, n, scale, x, out);
-      for (int a = 0; a < M; a++) put(a, n, out[a][0]);
-    }
-    finish(spec, call, 0, M, n0, n1 - n0, &y[0][0], 64);
+    for (; n + R <= n1; n += R) rows(n, Count<R>());
+    for (; n < n1; n++) rows(n, Count<1>());
+    finish(spec, call, x, 0, M, n0, n1 - n0, &y[0][0], group);
   });
+}
+
+template <class A, int M>
+static void gemv_rows_of_x(const LinearSpec& spec, const LinearCall& call) {
+  constexpr int S = kGroup / kChunk<typename A::D>;
+  Weight<typename A::D> w(spec, call);
+  w.rows_at_once = rows_at_once<M>();
+  const Prepared x = prepare<A>(spec, call, A::kPairs ? 0 : A::D::kUnit);
+  if constexpr (S > 1)
+    if (w.block_cols % kGroup == 0) return gemv<A, M, S>(spec, call, w, x, Multipliers<A, M>{w, x});
+  if constexpr (!A::kPairs) gemv<A, M, 1>(spec, call, w, x, w);
 }
 
 template <class A>
 static void gemv_of(const LinearSpec& spec, const LinearCall& call) {
   switch (call.m) {
-    case 1: return gemv<A, 1>(spec, call);
-    case 2: return gemv<A, 2>(spec, call);
-    case 3: return gemv<A, 3>(spec, call);
-    default: return gemv<A, 4>(spec, call);
+    case 1: return gemv_rows_of_x<A, 1>(spec, call);
+    case 2: return gemv_rows_of_x<A, 2>(spec, call);
+    case 3: return gemv_rows_of_x<A, 3>(spec, call);
+    default: return gemv_rows_of_x<A, 4>(spec, call);
   }
 }
 

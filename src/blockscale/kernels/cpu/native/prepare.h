@@ -9,7 +9,7 @@ namespace BLOCKSCALE_ISA {
 struct Prepared {
   float* x;        // [m, stride] 32-bit lanes
   int64_t stride;  // odd in cache lines, so that rows do not fall on the same cache sets
-  float* factor;   // [m]: what results of a row must be multiplied by; only for a normalised fp32 row
+  float* factor;   // [m]: what the results of a row must be multiplied by, a power of two; 1 for a row left as it is
   float* scale;    // [m, groups]: what a group's sum must be multiplied by; only for pairs
   int64_t groups;
 };
@@ -39,7 +39,7 @@ static void fake_quantize(float* row, int64_t k, int64_t group, const QuantizeRu
 // subnormals. Returns what undoes it.
 INLINE float normalise(float* row, int64_t count, int headroom) {
   int32_t exponent = bits<int32_t>(maximum(bits<F>(amax_bits(row, count, I{})))) >> 23;
-  int up = headroom + 127 - (exponent ? exponent : 127);
+  int up = headroom + 127 - (exponent ? exponent : 1);  // 0: a row of zeros or subnormals
   const F half = splat(ldexpf(1, up / 2)), rest = splat(ldexpf(1, up - up / 2));
   for (int64_t i = 0; i < count; i += W) store(row + i, load<F>(row + i) * half * rest);
   return ldexpf(1, headroom - up);
@@ -82,11 +82,9 @@ static void prepare_row(const LinearSpec& spec, const LinearCall& call, int64_t 
     if (spec.activation.element == kElementE5M2) fake_quantize<CodeE5M2>(row, k, group, spec.activation, given, scales);
     else fake_quantize<CodeE4M3>(row, k, group, spec.activation, given, scales);
   }
-  if (!A::kPairs && headroom) out.factor[m] = normalise(row, padded, headroom);
-  if (A::kPairs && !spec.activation.enabled) {
-    const float factor = normalise(row, padded, 0);
-    for (int64_t g = 0; g < out.groups; g++) scales[g] = factor;
-  }
+  const bool codes = A::kPairs && spec.activation.enabled;  // of FP8, with scales of their own
+  out.factor[m] = codes || (!A::kPairs && !headroom) ? 1 : normalise(row, padded, headroom);
+  if (A::kPairs && !codes) for (int64_t g = 0; g < out.groups; g++) scales[g] = 1;
 #if defined(BLOCKSCALE_INT16)
   if constexpr (A::kIntegers) to_integers<D>(row, padded, scales);
 #endif
@@ -131,12 +129,14 @@ static Prepared prepare(const LinearSpec& spec, const LinearCall& call, int head
   return out;
 }
 
-// Adds the bias and writes `rows` x `cols` results to y[m0 ..., n0 ...] in its type.
-static void finish(const LinearSpec& spec, const LinearCall& call, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-                   float* from, int64_t stride) {
+// Multiplies by the rows' factors, adds the bias and writes `rows` x `cols` results to y[m0 ..., n0 ...] in its type.
+static void finish(const LinearSpec& spec, const LinearCall& call, const Prepared& x, int64_t m0, int64_t rows,
+                   int64_t n0, int64_t cols, float* from, int64_t stride) {
   float bias[64];
   if (call.bias) read_floats(call.bias, call.bias_type, n0, cols, bias);
   for (int64_t a = 0; a < rows; a++, from += stride) {
+    const float factor = x.factor[m0 + a];
+    if (factor != 1) for (int64_t i = 0; i < cols; i++) from[i] *= factor;
     if (call.bias) for (int64_t i = 0; i < cols; i++) from[i] += bias[i];
     write_floats(from, cols, call.y, spec.y_type, (m0 + a) * spec.n + n0);
   }

@@ -54,12 +54,6 @@ INLINE V load(const T* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V, class T>
-INLINE void store(T* p, V v) {
-  memcpy(p, &v, sizeof v);
-}
-INLINE F splat(float x) { return x - F{}; }
-INLINE I splat(int32_t x) { return x - I{}; }
 template <class To, class From>
 INLINE To bits(From v) {
   static_assert(sizeof(To) == sizeof(From), "bits: sizes differ");
@@ -67,6 +61,24 @@ INLINE To bits(From v) {
   memcpy(&to, &v, sizeof to);
   return to;
 }
+INLINE I load_part(const uint8_t* p, int64_t count) {  // `count` bytes, fewer than none or more than fit too; then zeros
+  if (count >= 4 * W) return load<I>(p);
+  if (count <= 0) return I{};
+#if defined(__AVX512BW__)
+  return bits<I>(_mm512_maskz_loadu_epi8(~0ull >> (64 - count), p));
+#else
+  uint8_t part[4 * W] = {};
+  memcpy(part, p, count);
+  return load<I>(part);
+#endif
+}
+template <class V, class T>
+INLINE void store(T* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+INLINE F splat(float x) { return x - F{}; }
+INLINE I splat(int32_t x) { return x - I{}; }
+INLINE float power_of_two(int exponent) { return bits<float>((exponent + 127) << 23); }  // of a normal number
 INLINE F abs(F v) { return bits<F>(bits<I>(v) & 0x7FFFFFFF); }
 INLINE F min(F a, F b) { return a < b ? a : b; }
 INLINE F max(F a, F b) { return a > b ? a : b; }

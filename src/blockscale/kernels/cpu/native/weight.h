@@ -6,6 +6,7 @@
 namespace BLOCKSCALE_ISA {
 
 constexpr int kTileN = 4;        // weight rows that a matmul tile takes
+constexpr int kMostRows = 8;     // weight rows whose scales are in use at a time
 constexpr int kGroup = 128;      // columns: x's groups and the weight's blocks are multiples where pairs are used
 
 // The weight and its scales.
@@ -19,7 +20,6 @@ struct Weight {
   int64_t block_rows, block_cols, grid_cols;
   int64_t span;       // chunks that share scales
   int64_t step;       // scales that a span holds
-  int64_t stretch;    // chunks that a dot product sums unscaled: kGroup columns, or one chunk where that does not fit
   I lane_scale;       // scale of a span's lane
 
   Weight(const LinearSpec& spec, const LinearCall& call) {
@@ -29,10 +29,9 @@ struct Weight {
     chunks = (k + kChunk<D> - 1) / kChunk<D>, full_chunks = k / kChunk<D>;
     block_rows = spec.block_rows ? spec.block_rows : n;
     grid_cols = spec.block_cols ? (k + spec.block_cols - 1) / spec.block_cols : 1;
-    block_cols = grid_cols == 1 ? round_up(k, kChunk<D>) : spec.block_cols;
+    block_cols = grid_cols == 1 ? round_up(k, kGroup) : spec.block_cols;
     span = block_cols > kChunk<D> ? block_cols / kChunk<D> : 1;
     step = block_cols > kChunk<D> ? 1 : kChunk<D> / block_cols;
-    stretch = span % (kGroup / kChunk<D>) ? 1 : kGroup / kChunk<D>;
     for (int i = 0; i < W; i++) lane_scale[i] = step > 1 ? (int32_t)(i * D::E / block_cols) : 0;
   }
   // What to prefetch at byte `at` of a row: what follows in it, or in the row that is read `rows_at_once` rows later.
@@ -41,7 +40,7 @@ struct Weight {
     return at + kPrefetch + (at + kPrefetch >= row_bytes ? (rows_at_once - 1) * row_bytes : 0);
   }
   const uint8_t* row(int64_t i) const { return data + i * row_bytes; }
-  int64_t padded_scales() const { return grid_cols + W; }
+  int64_t floats() const { return grid_cols + W; }
   // The scales of grid row g as fp32, W zeros behind them.
   void read_scales(int64_t g, float* to) const {
     read_floats(scale, scale_type, g * grid_cols, grid_cols, to);
@@ -51,23 +50,25 @@ struct Weight {
   F scales(const float* at) const { return __builtin_shuffle(load<F>(at), lane_scale); }
 };
 
-// Scales as fp32, those of each grid row read once. What `of` returned stays valid for the next three rows.
-template <class D>
+// What a Source makes of each grid row of scales (a Weight: the scales as fp32), made once for all the rows that share
+// them. What `of` returned stays valid for the next kMostRows - 1 rows.
+template <class Source>
 struct ScaleRows {
-  const Weight<D>& w;
+  const Source& source;
+  const int64_t block_rows;
   float *memory, *current = nullptr;
   int64_t first = 0, end = 0;  // the rows that `current` serves
-  int64_t held[kTileN];        // grid rows in memory
-  ScaleRows(const Weight<D>& weight, float* scratch) : w(weight), memory(scratch) {
+  int64_t held[kMostRows];     // grid rows in memory
+  ScaleRows(const Source& from, int64_t rows, Scratch& scratch)
+      : source(from), block_rows(rows), memory(scratch.get<float>(from.floats() * kMostRows)) {
     for (int64_t& g : held) g = -1;
   }
-  static int64_t floats(const Weight<D>& w) { return w.padded_scales() * kTileN; }
   const float* of(int64_t row) {
     if (row >= first && row < end) return current;
-    const int64_t g = row / w.block_rows, slot = g % kTileN;
-    first = g * w.block_rows, end = first + w.block_rows;
-    current = memory + slot * w.padded_scales();
-    if (held[slot] != g) w.read_scales(g, current), held[slot] = g;
+    const int64_t g = row / block_rows, slot = g % kMostRows;
+    first = g * block_rows, end = first + block_rows;
+    current = memory + slot * source.floats();
+    if (held[slot] != g) source.read_scales(g, current), held[slot] = g;
     return current;
   }
 };
@@ -77,7 +78,7 @@ template <class D>
 static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
                            float* to) {
   constexpr int64_t C = kChunk<D>, B = 4 * W;
-  const F unit = splat(D::kUnit);
+  const F unit = splat(power_of_two(D::kUnit));
   Watch<D> watch;
   float* out = to;
   int64_t index = c0 / w.span;
@@ -85,8 +86,7 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
     const F s = w.scales(scale + index * w.step), both = s * unit;
     const int64_t end = least(c1, (index + 1) * w.span), full = least(end, w.full_chunks);
     const bool overflows = any((bits<I>(both) & 0x7F800000) == 0x7F800000);  // a scale above 2^7: two steps
-    auto chunk = [&](const uint8_t* from) __attribute__((always_inline)) {
-      const I v = load<I>(from);
+    auto chunk = [&](I v) __attribute__((always_inline)) {
       watch.see(v);
       F b[D::E];
       D::decode(v, b);
@@ -96,12 +96,10 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
     };
     for (; c < full; c++) {
       prefetch(row + w.ahead(c * B));
-      chunk(row + c * B);
+      chunk(load<I>(row + c * B));
     }
     if (c < end) {  // the ragged end of the row
-      uint8_t tail[B] = {};
-      memcpy(tail, row + c * B, w.row_bytes - c * B);
-      chunk(tail);
+      chunk(load_part(row + c * B, w.row_bytes - c * B));
       c++;
     }
   }
