@@ -64,15 +64,18 @@ def _consume(
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
+        next_scales = ws_ld
+        if WAY == "l":
+            next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + (s0 + c * U) * STEP, ws_ld, start, WG, GROUPS, STEP, U, STAGES,
+                                                at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP, U, STAGES,
                                                 WAY, mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + s * STEP, ws_ld, start, WG, GROUPS, STEP, 1, STAGES,
+                                                at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
                                                 WAY, mma)  # fmt: skip
         whole = True
         if STREAM_K:
@@ -123,7 +126,7 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps,
     full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
     STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -134,20 +137,28 @@ def wide_kernel(
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
-    SCALE_ROWS: gl.constexpr = 2 if PIECES > 1 else 1
+    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" else 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
+    x_boxes = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
+    if GROUPS == 3:  # no power of two
+        x_bufs = x_boxes
+    else:
+        x_bufs = x_boxes._reinterpret(x_desc.dtype, [STAGES * STEP, BM, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP * (BN // P), P, 128], w_desc.layout)
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * STEP, xs_desc.block_type.shape[0]], xs_desc.layout)
-    ws_bufs = gl.allocate_shared_memory(
-        ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
-    )
     if WAY == "s":
         q_bufs = gl.allocate_shared_memory(wq_desc.dtype, [STAGES, BN - P, 128], wq_desc.layout)
     else:
         q_bufs = w_bufs  # never touched
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
+    if WAY == "l":
+        ws_bufs = xs_bufs  # never touched
+        ws_boxes = ws_ptr
+    else:
+        ws_bufs = gl.allocate_shared_memory(
+            ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
+        )
+        ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, GROUPS)
     num_m = (M + BM - 1) // BM
     num_n = (N + BN - 1) // BN
@@ -164,7 +175,7 @@ def wide_kernel(
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
@@ -177,7 +188,7 @@ def wide_kernel(
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
@@ -193,7 +204,7 @@ def wide_kernel(
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
@@ -220,12 +231,13 @@ def launch(
         parts = workspace if workspace is not None else partial_tiles(x.device, wide_floats(config, grid))
         tickets = take_tickets(x.device, config.groups * (config.tiles(m, n) - grid.full_waves * grid.programs))
     arguments = (
-        matrix(x, 64 if config.groups == 3 else 64 * config.groups, 128),
+        matrix(x, config.x_rows(m), 128),
         matrix(w, config.piece, 128),
         matrix(w, config.bn - config.piece if config.way == "s" else config.piece, 128),
         flat(x_scale, 4 * (256 if config.groups == 3 else 64 * config.groups)),
         flat(w_scale),
         matrix(y, 64, config.unit),
+        w_scale,
         w_scale if bias is None else bias,
         parts,
         tickets,

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .device import advance, promote_rows, weight_scale
+from .device import advance, load_scale, promote_rows, weight_scale
 
 
 @gluon.jit
@@ -173,6 +173,36 @@ def _blocks_in_turn(
 
 
 @gluon.jit
+def _blocks_in_turn_loading(
+    accs, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr, GROUPS: gl.constexpr,
+    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """As `_blocks_in_turn`, with weight scales by plain loads, which arrive while the tensor cores work: no shared
+    memory for them, and two TMA requests a k-block less. ws_ld: from a piece's scales to the next one's."""
+    PIECES: gl.constexpr = len(accs)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
+    for u in gl.static_range(U):
+        w_scales = ()
+        for p in gl.static_range(PIECES):
+            w_scales = w_scales + (load_scale(ws_ptr, at + u + p * ws_ld),)
+        mbarrier.wait(full.index(stage), phase)
+        x = x_rows(x_bufs, stage, WG, GROUPS)
+        for p in gl.static_range(PIECES):
+            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
+            busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+            if p == 0:
+                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
+            scale = x_scale * w_scales[p]
+            partial = warpgroup_mma_wait(0, deps=(busy,))
+            if p == PIECES - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
+            accs = _put(accs, p, promote_rows(accs[p], partial, scale))
+        stage, phase = advance(stage, phase, STAGES)
+    return accs, stage, phase
+
+
+@gluon.jit
 def zeros(COUNT: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     """A tuple of empty accumulators."""
     out = ()
@@ -221,6 +251,9 @@ def multiply_steps(
     elif WAY == "o":
         return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
+    elif WAY == "l":
+        return _blocks_in_turn_loading(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                                       WG, GROUPS, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip

@@ -38,7 +38,7 @@ def _fetch_weights(
 
 @gluon.jit
 def produce(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
     num_m, num_n, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     SCALE_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     PDL: gl.constexpr, EARLY: gl.constexpr,
@@ -48,9 +48,10 @@ def produce(
     EARLY: the first stages' weights are sent for while the kernel before still runs; only what it writes, x, waits.
     """
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
-    BOXES: gl.constexpr = 64 * GROUPS // XROWS
+    BOXES: gl.constexpr = 64 * GROUPS // XROWS  # of a tile's rows; where there are fewer tokens, only the first is filled
+    FILLED: gl.constexpr = BOXES if GROUPS == 3 else 1
     BYTES: gl.constexpr = (
-        STEP * (BOXES * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
+        STEP * (FILLED * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
         + SCALE_ROWS * ws_desc.block_type.nbytes
     )
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, dealt, STREAM_K)
@@ -78,8 +79,8 @@ def produce(
                            BYTES, PIECES, SCALE_ROWS, STEP, WAY)  # fmt: skip
             bar = full.index(stage)
             for j in gl.static_range(STEP):
-                for g in gl.static_range(BOXES):
-                    x = x_bufs.index((stage * STEP + j) * BOXES + g)
+                for g in gl.static_range(FILLED):
+                    x = x_boxes.index((stage * STEP + j) * BOXES + g)
                     tma.async_copy_global_to_shared(x_desc, [m + g * XROWS, (kb + j) * 128], bar, x)
                 tma.async_copy_global_to_shared(xs_desc, [(kb + j) * xs_ld + m], bar, xs_bufs.index(stage * STEP + j))
             stage, phase = advance(stage, phase, STAGES)
