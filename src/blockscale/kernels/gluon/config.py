@@ -69,7 +69,7 @@ class Wide:
     @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""
-        return min(self.piece, 64 if self.way in "sl" or self.staging < 128 else 128)
+        return min(self.piece, 64 if self.way in "slv" or self.staging < 128 else 128)
 
     @property
     def slots(self) -> int:
@@ -80,11 +80,14 @@ class Wide:
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
-        scale_rows = 0 if self.way == "l" else 2 if self.pieces > 1 else 1
+        scale_rows = 0 if self.way in "lv" else 2 if self.pieces > 1 else 1
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
-        return min((16 if self.bn <= 32 else 12) // self.step, (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage)
+        return min(
+            (16 if self.bn <= 32 else 12) // self.step,
+            (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage,
+        )
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -156,9 +159,16 @@ class Swap:
         return f"swap-{self.tokens}-g{self.groups}-k{self.split}-x{self.per_sm}-s{self.step}{tail}"
 
     @property
-    def unroll(self) -> int:
-        """k-blocks between two points where the tensor cores run dry; limited by the registers that it keeps alive."""
-        return max(self.step, 2 if self.tokens == 64 and self.per_sm * self.groups > 2 else 4)
+    def depth(self) -> int:
+        """k-blocks that are multiplied at a time; limited by the registers that each keeps alive."""
+        return {8: 4, 16: 4, 32: 3}.get(self.tokens, 2)
+
+    def unroll(self, blocks: int) -> int:
+        """k-blocks between two points where the tensor cores run dry: what divides a program's part of `blocks`."""
+        if self.tokens == 64:
+            return max(self.step, 2 if self.per_sm * self.groups > 2 else 4)
+        most = max(1, blocks // max(1, self.split) // self.step // self.groups)  # steps of one warpgroup
+        return self.step * max(u for u in range(1, min(16 // self.step, most) + 1) if most % u == 0 or u == 1)
 
     @property
     def stages(self) -> int:
@@ -201,7 +211,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
+    r"wide-(\d+)([ostlvd])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

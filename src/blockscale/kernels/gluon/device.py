@@ -7,6 +7,7 @@ together, and a *stage* the shared memory that they occupy.
 """
 
 # mypy: disable-error-code=assignment
+# ruff: noqa: RUF005 (compiled by Gluon: tuples)
 
 from __future__ import annotations
 
@@ -47,6 +48,18 @@ def promote_cols(acc, partial, scale):
     """`acc[n, m] += partial[n, m] * scale[m]`."""
     wide, _ = gl.broadcast(gl.expand_dims(scale, 0), partial)
     return fma_in_order(acc, partial, wide)
+
+
+@gluon.jit
+def put(items, at: gl.constexpr, item):
+    """The tuple `items` with another item at `at`."""
+    out = ()
+    for i in gl.static_range(len(items)):
+        if i == at:
+            out = out + (item,)
+        else:
+            out = out + (items[i],)
+    return out
 
 
 @gluon.jit

@@ -48,7 +48,8 @@ def produce(
     EARLY: the first stages' weights are sent for while the kernel before still runs; only what it writes, x, waits.
     """
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
-    BOXES: gl.constexpr = 64 * GROUPS // XROWS  # of a tile's rows; where there are fewer tokens, only the first is filled
+    BOXES: gl.constexpr = 64 * GROUPS // XROWS
+    # where there are fewer tokens than rows of a tile, a box holds them all
     FILLED: gl.constexpr = BOXES if GROUPS == 3 else 1
     BYTES: gl.constexpr = (
         STEP * (FILLED * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
