@@ -3,8 +3,8 @@
     python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
---nk "N,K;N,K", --m "1,16": fewer shapes; --part 0/2: every second weight shape, for two cards at once; gemm_merge.py makes
-one report of several. --peers: folder with deep_gemm.tar.xz.
+--nk "N,K;N,K", --m "1,16": fewer shapes; --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
+makes one report of several. --peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -179,8 +179,9 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
                 log("out of time at", m, n, k)
                 break
             good = [c for c in plan[m, n, k] if str(c) not in bad]
+            began = time.time()
             rows.append(measure(Case(m, n, k), good, peers, (n, k) in unseen))
-        log("measured", n, k)
+            log(m, n, k, json.dumps(rows[-1]["time_us"]), f"{time.time() - began:.2f} s")
         save(args.out, chip, out, rows)
         torch.cuda.empty_cache()
     log("end")

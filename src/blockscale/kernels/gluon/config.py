@@ -28,7 +28,8 @@ class Wide:
         "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
             160 or 192, with one set each.
         "t" in turn: pieces of at most 128 columns, one set of partial products.
-        "l" in turn, with weight scales by plain loads instead of TMA: room for a second slot of y. bn 128 or 256, step 1.
+        "l" in turn, with weight scales by plain loads instead of TMA: room for a second slot of y. bn 128 or 256,
+            step 1.
         "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
@@ -69,7 +70,7 @@ class Wide:
     @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""
-        return min(self.piece, 64 if self.way in "slv" or self.staging < 128 else 128)
+        return min(self.piece, 64 if self.way in "sl" or self.staging < 128 else 128)
 
     @property
     def slots(self) -> int:
@@ -80,7 +81,7 @@ class Wide:
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
-        scale_rows = 0 if self.way in "lv" else 2 if self.pieces > 1 else 1
+        scale_rows = 0 if self.way == "l" else 2 if self.pieces > 1 else 1
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
@@ -160,8 +161,10 @@ class Swap:
 
     @property
     def depth(self) -> int:
-        """k-blocks that are multiplied at a time; limited by the registers that each keeps alive."""
-        return {8: 4, 16: 4, 32: 3}.get(self.tokens, 2)
+        """k-blocks that are multiplied at a time; limited by the registers that each keeps alive, and by the stages:
+        one that is multiplied is still in its stage, and the next one needs another."""
+        most = {8: 4, 16: 4, 32: 3}.get(self.tokens, 2)
+        return min(most, max(2, (self.stages // self.groups - 2) * self.step + 1))
 
     def unroll(self, blocks: int) -> int:
         """k-blocks between two points where the tensor cores run dry: what divides a program's part of `blocks`."""
@@ -211,7 +214,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ostlvd])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
+    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

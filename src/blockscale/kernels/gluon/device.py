@@ -7,7 +7,7 @@ together, and a *stage* the shared memory that they occupy.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005 (compiled by Gluon: tuples)
+# ruff: noqa: RUF005, SIM108 (compiled by Gluon: tuples)
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ the partial tiles in program order: same bytes whoever that is, in one launch.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
+# ruff: noqa: RUF005, SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
 from __future__ import annotations
 
 from torch import Tensor
@@ -118,7 +118,8 @@ def _consumer(
         for c in range(chunks):
             first_step = s0 + WG + c * (U * GROUPS)
             acc, stage, phase = _blocks(acc, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                        at + first_step * STEP, GROUPS, TOKENS, STEP, U, DEPTH, STAGES, mma)  # fmt: skip
+                                        at + first_step * STEP, GROUPS, TOKENS, STEP, U, DEPTH, STAGES,
+                                        mma)  # fmt: skip
         for s in range(s0 + WG + chunks * (U * GROUPS), s1, GROUPS):
             acc, stage, phase = _blocks(acc, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
                                         at + s * STEP, GROUPS, TOKENS, STEP, 1, DEPTH, STAGES, mma)  # fmt: skip
@@ -174,7 +175,8 @@ def _consumer(
 def swap_kernel(
     x_desc, w_desc, xs_desc, ws_desc, y_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, y_ld,
     TOKENS: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    U: gl.constexpr, DEPTH: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    U: gl.constexpr, DEPTH: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N], rows `y_ld` apart."""
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP, 64, 128], w_desc.layout)

@@ -18,7 +18,9 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    tma,
+)
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
 from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
@@ -42,7 +44,7 @@ def _is_last(ticket, parts):
 
 @gluon.jit
 def _consume(
-    y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr, workspace, tickets, ws_ld, N, num_m,
+    y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -56,7 +58,6 @@ def _consume(
     count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 0
-    parity = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
         m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
@@ -64,17 +65,16 @@ def _consume(
         at = n // 128 * ws_ld
         start = n % 128
         next_scales = ws_ld
-        if WAY == "l" or WAY == "v":
+        if WAY == "l":
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
-            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, turn, parity, stage, phase,
-                                                at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP, U, STAGES,
-                                                WAY, mma)  # fmt: skip
-            parity ^= 1
+            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                                at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP, U,
+                                                STAGES, WAY, mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
-            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, turn, parity, stage, phase,
+            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
                                                 at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
                                                 WAY, mma)  # fmt: skip
         whole = True
@@ -110,7 +110,7 @@ def _consume(
 
 @gluon.jit
 def _consumer(
-    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr, workspace, tickets, ws_ld, N,
+    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
     num_m, num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -119,15 +119,15 @@ def _consumer(
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
                       num_n, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
-        _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr, workspace, tickets, ws_ld, N,
+        _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
                  HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps,
-    full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
+    num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
     STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def wide_kernel(
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
-    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" or WAY == "v" else 2 if PIECES > 1 else 1
+    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" else 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     x_boxes = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
     if GROUPS == 3:  # no power of two
@@ -151,7 +151,7 @@ def wide_kernel(
     else:
         q_bufs = w_bufs  # never touched
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    if WAY == "l" or WAY == "v":
+    if WAY == "l":
         ws_bufs = xs_bufs  # never touched
         ws_boxes = ws_ptr
     else:
@@ -160,24 +160,19 @@ def wide_kernel(
         )
         ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, GROUPS)
-    if WAY == "v":
-        turn = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        mbarrier.init(turn.index(0), count=1)
-    else:
-        turn = full
     num_m = (M + BM - 1) // BM
     num_n = (N + BN - 1) // BN
     # the tuples are written out: constexprs do not survive in variables
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
@@ -190,7 +185,7 @@ def wide_kernel(
     elif GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
@@ -203,10 +198,10 @@ def wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, turn, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,

@@ -5,7 +5,7 @@ They differ in how the tensor cores are kept busy while partial products are pro
 """
 
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM108 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: RUF005 (compiled by Gluon: tuples)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -26,44 +26,49 @@ def x_rows(x_bufs, at, WG: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
+def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexpr, WG: gl.constexpr,
+           GROUPS: gl.constexpr, STEP: gl.constexpr, rows: gl.constexpr):  # fmt: skip
+    """Start the products of a step's j-th k-block, both operands from shared memory: (in flight, scale of each row)."""
+    x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+    w = w_bufs.index(stage * STEP + j).permute((1, 0))
+    partial = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
+    return partial, x_scale * weight_scale(ws_boxes, stage, at, j, rows)
+
+
+@gluon.jit
 def _blocks_overlapped(
     accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, mma: gl.constexpr,
+    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a one-piece tile. at: flat index of the first weight scale.
 
-    DEPTH sets of partial products go round: one is promoted while the tensor cores work on the others. Nothing is in
+    Two sets of partial products alternate: one is promoted while the tensor cores work on the other. Nothing is in
     flight when the function returns: a wgmma across a loop's back edge makes ptxas serialise all of them (C7514).
     """
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    COUNT: gl.constexpr = U * STEP
-    SETS: gl.constexpr = DEPTH if DEPTH < COUNT else COUNT
     acc = accs[0]
-    partials = zeros(SETS, accs[0].shape[1], mma)
-    scales = zeros_like_rows(SETS, rows)
-    held = ()
-    for i in gl.static_range(COUNT + SETS - 1):
-        if i < COUNT:
-            if i % STEP == 0:
-                mbarrier.wait(full.index(stage), phase)
-                held = held + (stage,)
-            x = x_rows(x_bufs, stage * STEP + i % STEP, WG, GROUPS)
-            w = w_bufs.index(stage * STEP + i % STEP).permute((1, 0))
-            partials = put(partials, i % SETS, warpgroup_mma(x, w, partials[i % SETS], use_acc=False, is_async=True))
-            x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
-            scale = x_scale * weight_scale(ws_boxes, stage, at + i // STEP * STEP, i % STEP, rows)
-            scales = put(scales, i % SETS, scale)
-            if i % STEP == STEP - 1:
-                stage, phase = advance(stage, phase, STAGES)
-        if i >= SETS - 1:  # the oldest in flight, k-block i - (SETS - 1)
-            if i < COUNT:
-                done = warpgroup_mma_wait(SETS - 1, deps=(partials[(i + 1) % SETS],))
-            else:
-                done = warpgroup_mma_wait(COUNT + SETS - 2 - i, deps=(partials[(i + 1) % SETS],))
-            if (i + 1 - SETS) % STEP == STEP - 1:
-                mbarrier.arrive(empty.index(held[(i + 1 - SETS) // STEP]), count=1)
-            acc = promote_rows(acc, done, scales[(i + 1) % SETS])
-            partials = put(partials, (i + 1) % SETS, done)
+    spare = gl.zeros(acc.shape, gl.float32, layout=mma)
+    busy = spare
+    scale = gl.zeros((64,), gl.float32, layout=rows)
+    held = stage
+    for u in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        for j in gl.static_range(STEP):
+            started, started_scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, spare, j, WG,
+                                            GROUPS, STEP, rows)  # fmt: skip
+            if u + j > 0:
+                spare = warpgroup_mma_wait(1, deps=(busy,))
+                if j == 0:
+                    mbarrier.arrive(empty.index(held), count=1)
+                acc = promote_rows(acc, spare, scale)
+            busy = started
+            scale = started_scale
+        held = stage
+        stage, phase = advance(stage, phase, STAGES)
+    done = warpgroup_mma_wait(0, deps=(busy,))
+    mbarrier.arrive(empty.index(held), count=1)
+    acc = promote_rows(acc, done, scale)
     return (acc,), stage, phase
 
 
@@ -157,8 +162,8 @@ def _blocks_in_turn(
 
 @gluon.jit
 def _blocks_in_turn_loading(
-    accs, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, turn, parity, stage, phase, at, ws_ld, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, STAGGER: gl.constexpr, mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr, GROUPS: gl.constexpr,
+    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """As `_blocks_in_turn`, with weight scales by plain loads, which arrive while the tensor cores work: no shared
     memory for them, and two TMA requests a k-block less. ws_ld: from a piece's scales to the next one's."""
@@ -171,8 +176,6 @@ def _blocks_in_turn_loading(
             w_scales = w_scales + (load_scale(ws_ptr, at + u + p * ws_ld),)
         mbarrier.wait(full.index(stage), phase)
         x = x_rows(x_bufs, stage, WG, GROUPS)
-        if STAGGER and u == 0 and WG == 1:
-            mbarrier.wait(turn.index(0), parity)
         for p in gl.static_range(PIECES):
             w = w_bufs.index(stage * PIECES + p).permute((1, 0))
             busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
@@ -180,8 +183,6 @@ def _blocks_in_turn_loading(
                 x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
             scale = x_scale * w_scales[p]
             partial = warpgroup_mma_wait(0, deps=(busy,))
-            if STAGGER and u == 0 and p == 0 and WG == 0:
-                mbarrier.arrive(turn.index(0), count=1)
             if p == PIECES - 1:
                 mbarrier.arrive(empty.index(stage), count=1)
             accs = put(accs, p, promote_rows(accs[p], partial, scale))
@@ -227,23 +228,20 @@ def plus_stored(accs, part):
 
 @gluon.jit
 def multiply_steps(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, turn, parity, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale."""
-    if WAY == "d":
+    if WAY == "o" and len(accs) == 1:
         return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
-                                  STEP, U, STAGES, 4 if accs[0].shape[1] <= 32 else 3, mma)  # fmt: skip
-    elif WAY == "o" and len(accs) == 1:
-        return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
-                                  STEP, U, STAGES, 2, mma)  # fmt: skip
+                                  STEP, U, STAGES, mma)  # fmt: skip
     elif WAY == "o":
         return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
-    elif WAY == "l" or WAY == "v":
-        return _blocks_in_turn_loading(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, turn, parity, stage, phase,
-                                       at, ws_ld, WG, GROUPS, U, STAGES, WAY == "v" and U >= STAGES, mma)  # fmt: skip
+    elif WAY == "l":
+        return _blocks_in_turn_loading(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                                       WG, GROUPS, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
