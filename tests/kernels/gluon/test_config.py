@@ -17,6 +17,8 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
         (Wide(128, 4, way="t", groups=1, per_sm=2), 2, 4),
         (Wide(64, 8), 2, 8),
         (Wide(128, 8, way="t", groups=3), 2, 4),
+        (Wide(256, 4, way="l", staging=128), 2, 4),  # room for 128 staged columns: no weight scales in shared memory
+        (Wide(32, 8, groups=1), 2, 16),
     ],
 )
 def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None:
@@ -30,6 +32,7 @@ def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None
         (Wide(128, staging=128), (1, 128), (1, 128)),
         (Wide(256, way="t", staging=256), (2, 128), (2, 128)),
         (Wide(192, way="s", staging=192), (2, 128), (3, 64)),
+        (Wide(256, way="l", staging=128), (2, 128), (2, 64)),
         (Wide(96, staging=96), (3, 32), (3, 32)),
         (Wide(96), (3, 32), (1, 32)),  # two slots would not come round in step with three units
         (Wide(160), (5, 32), (1, 32)),
@@ -39,6 +42,43 @@ def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None
 def test_pieces_and_staging(config: Wide, pieces: tuple[int, int], units: tuple[int, int]) -> None:
     assert (config.pieces, config.piece) == pieces
     assert (config.slots, config.unit) == units
+
+
+@pytest.mark.parametrize(
+    ("config", "m", "rows"),
+    [
+        (Wide(64, groups=1), 1, 8),
+        (Wide(64, groups=1), 17, 32),
+        (Wide(64, groups=1), 200, 64),
+        (Wide(64, groups=2), 65, 128),
+        (Wide(128, groups=3), 8, 64),  # boxes of 64 rows, whatever there is: 192 is no power of two
+    ],
+)
+def test_x_comes_in_boxes_as_high_as_there_are_tokens(config: Wide, m: int, rows: int) -> None:
+    assert config.x_rows(m) == rows
+
+
+@pytest.mark.parametrize("config", [Swap(t, g, 1, x, s) for t in (8, 16, 32, 64) for g in (1, 2) for x in (1, 2, 3, 4)
+                                    for s in (1, 2, 4)], ids=str)  # fmt: skip
+def test_k_blocks_in_flight_never_need_more_stages_than_there_are(config: Swap) -> None:
+    """The next k-block's stage must be free while `depth - 1` before it are still in theirs, or the program hangs."""
+    stages = config.stages // config.groups  # a warpgroup's own
+    assert config.depth == 1 or -(-(config.depth - 1) // config.step) + 1 <= stages
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "unroll"),
+    [
+        (Swap(8, split=4, step=2), 56, 14),  # seven steps in one go
+        (Swap(8, split=2, step=2), 56, 14),
+        (Swap(8, split=1, step=2), 56, 14),
+        (Swap(8, split=3, step=2), 56, 2 * 3),  # nine steps, and one more for some
+        (Swap(16, split=1, step=1), 16, 16),
+        (Swap(64, split=1, step=1, groups=2, per_sm=2), 56, 2),
+    ],
+)
+def test_unroll_divides_a_programs_part(config: Swap, blocks: int, unroll: int) -> None:
+    assert config.unroll(blocks) == unroll
 
 
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])

@@ -164,7 +164,8 @@ class Swap:
         """k-blocks that are multiplied at a time; limited by the registers that each keeps alive, and by the stages:
         one that is multiplied is still in its stage, and the next one needs another."""
         most = {8: 4, 16: 4, 32: 3}.get(self.tokens, 2)
-        return min(most, max(2, (self.stages // self.groups - 2) * self.step + 1))
+        stages = self.stages // self.groups  # a warpgroup's own
+        return min(most, max(min(2, (stages - 1) * self.step + 1), (stages - 2) * self.step + 1))
 
     def unroll(self, blocks: int) -> int:
         """k-blocks between two points where the tensor cores run dry: what divides a program's part of `blocks`."""
