@@ -58,29 +58,6 @@ def test_x_comes_in_boxes_as_high_as_there_are_tokens(config: Wide, m: int, rows
     assert config.x_rows(m) == rows
 
 
-@pytest.mark.parametrize("config", [Swap(t, g, 1, x, s) for t in (8, 16, 32, 64) for g in (1, 2) for x in (1, 2, 3, 4)
-                                    for s in (1, 2, 4)], ids=str)  # fmt: skip
-def test_k_blocks_in_flight_never_need_more_stages_than_there_are(config: Swap) -> None:
-    """The next k-block's stage must be free while `depth - 1` before it are still in theirs, or the program hangs."""
-    stages = config.stages // config.groups  # a warpgroup's own
-    assert config.depth == 1 or -(-(config.depth - 1) // config.step) + 1 <= stages
-
-
-@pytest.mark.parametrize(
-    ("config", "blocks", "unroll"),
-    [
-        (Swap(8, split=4, step=2), 56, 14),  # seven steps in one go
-        (Swap(8, split=2, step=2), 56, 14),
-        (Swap(8, split=1, step=2), 56, 14),
-        (Swap(8, split=3, step=2), 56, 2 * 3),  # nine steps, and one more for some
-        (Swap(16, split=1, step=1), 16, 16),
-        (Swap(64, split=1, step=1, groups=2, per_sm=2), 56, 2),
-    ],
-)
-def test_unroll_divides_a_programs_part(config: Swap, blocks: int, unroll: int) -> None:
-    assert config.unroll(blocks) == unroll
-
-
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])
 @pytest.mark.parametrize("tokens", [8, 16, 32])
 def test_programs_that_share_an_sm_fit_its_memory_and_registers(tokens: int, per_sm: int) -> None:

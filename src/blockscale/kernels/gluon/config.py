@@ -160,19 +160,9 @@ class Swap:
         return f"swap-{self.tokens}-g{self.groups}-k{self.split}-x{self.per_sm}-s{self.step}{tail}"
 
     @property
-    def depth(self) -> int:
-        """k-blocks that are multiplied at a time; limited by the registers that each keeps alive, and by the stages:
-        one that is multiplied is still in its stage, and the next one needs another."""
-        most = {8: 4, 16: 4, 32: 3}.get(self.tokens, 2)
-        stages = self.stages // self.groups  # a warpgroup's own
-        return min(most, max(min(2, (stages - 1) * self.step + 1), (stages - 2) * self.step + 1))
-
-    def unroll(self, blocks: int) -> int:
-        """k-blocks between two points where the tensor cores run dry: what divides a program's part of `blocks`."""
-        if self.tokens == 64:
-            return max(self.step, 2 if self.per_sm * self.groups > 2 else 4)
-        most = max(1, blocks // max(1, self.split) // self.step // self.groups)  # steps of one warpgroup
-        return self.step * max(u for u in range(1, min(16 // self.step, most) + 1) if most % u == 0 or u == 1)
+    def unroll(self) -> int:
+        """k-blocks between two points where the tensor cores run dry; limited by the registers that it keeps alive."""
+        return max(self.step, 2 if self.tokens == 64 and self.per_sm * self.groups > 2 else 4)
 
     @property
     def stages(self) -> int:

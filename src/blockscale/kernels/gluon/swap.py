@@ -10,7 +10,7 @@ the partial tiles in program order: same bytes whoever that is, in one launch.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: RUF005, SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
+# ruff: noqa: SIM102, SIM113 (compiled by Gluon: branches on constexprs, no enumerate)
 from __future__ import annotations
 
 from torch import Tensor
@@ -25,7 +25,6 @@ from .device import (
     partial_offsets,
     partition_barrier,
     promote_cols,
-    put,
     scale_boxes,
     weight_scale,
 )
@@ -45,47 +44,37 @@ def _first_unit(program, units, num_steps, SPLIT: gl.constexpr):
 @gluon.jit
 def _blocks(
     acc, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, GROUPS: gl.constexpr,
-    TOKENS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-    mma: gl.constexpr,
+    TOKENS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th of U * GROUPS steps. at: flat index of the first one's weight scale.
 
-    DEPTH sets of partial products go round: one wgmma of so few tokens takes far longer to return than to run. Nothing
-    is in flight when it returns (see wide.py).
+    Two sets of partial products alternate and nothing is in flight when it returns (see wide.py).
     """
     cols: gl.constexpr = gl.SliceLayout(0, mma)
-    COUNT: gl.constexpr = U * STEP
-    SETS: gl.constexpr = DEPTH if DEPTH < COUNT else COUNT
-    partials = ()
-    scales = ()
-    for _ in gl.static_range(SETS):
-        partials = partials + (gl.zeros((64, TOKENS), gl.float32, layout=mma),)
-        scales = scales + (gl.zeros((TOKENS,), gl.float32, layout=cols),)
-    held = ()
-    for i in gl.static_range(COUNT + SETS - 1):
-        if i < COUNT:
-            if i % STEP == 0:
-                mbarrier.wait(full.index(stage), phase)
-                held = held + (stage,)
-            x = x_bufs.index(stage * STEP + i % STEP).permute((1, 0))
-            w = w_bufs.index(stage * STEP + i % STEP)
-            started = warpgroup_mma(w, x, partials[i % SETS], use_acc=False, is_async=True)
-            partials = put(partials, i % SETS, started)
-            scale = xs_bufs.index(stage * STEP + i % STEP).slice(0, TOKENS).load(cols) * weight_scale(
-                ws_boxes, stage, at + i // STEP * GROUPS * STEP, i % STEP, cols
+    spare = gl.zeros((64, TOKENS), gl.float32, layout=mma)
+    busy = spare
+    scale = gl.zeros((TOKENS,), gl.float32, layout=cols)
+    held = stage
+    for u in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        for j in gl.static_range(STEP):
+            x = x_bufs.index(stage * STEP + j).permute((1, 0))
+            started = warpgroup_mma(w_bufs.index(stage * STEP + j), x, spare, use_acc=False, is_async=True)
+            started_scale = xs_bufs.index(stage * STEP + j).slice(0, TOKENS).load(cols) * weight_scale(
+                ws_boxes, stage, at + u * GROUPS * STEP, j, cols
             )
-            scales = put(scales, i % SETS, scale)
-            if i % STEP == STEP - 1:
-                stage, phase = advance(stage, phase, STAGES, GROUPS)
-        if i >= SETS - 1:  # the oldest in flight, k-block i - (SETS - 1)
-            if i < COUNT:
-                done = warpgroup_mma_wait(SETS - 1, deps=(partials[(i + 1) % SETS],))
-            else:
-                done = warpgroup_mma_wait(COUNT + SETS - 2 - i, deps=(partials[(i + 1) % SETS],))
-            if (i + 1 - SETS) % STEP == STEP - 1:
-                mbarrier.arrive(empty.index(held[(i + 1 - SETS) // STEP]), count=1)
-            acc = promote_cols(acc, done, scales[(i + 1) % SETS])
-            partials = put(partials, (i + 1) % SETS, done)
+            if u + j > 0:
+                spare = warpgroup_mma_wait(1, deps=(busy,))
+                if j == 0:
+                    mbarrier.arrive(empty.index(held), count=1)
+                acc = promote_cols(acc, spare, scale)
+            busy = started
+            scale = started_scale
+        held = stage
+        stage, phase = advance(stage, phase, STAGES, GROUPS)
+    done = warpgroup_mma_wait(0, deps=(busy,))
+    mbarrier.arrive(empty.index(held), count=1)
+    acc = promote_cols(acc, done, scale)
     return acc, stage, phase
 
 
@@ -94,7 +83,7 @@ def _consumer(
     x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld, bias_ptr, workspace,
     tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, WG: gl.constexpr, GROUPS: gl.constexpr,
     TOKENS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, U: gl.constexpr,
-    DEPTH: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: steps WG, WG + GROUPS ... of every segment. Warpgroup 0 adds up and writes y."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32])
@@ -118,11 +107,10 @@ def _consumer(
         for c in range(chunks):
             first_step = s0 + WG + c * (U * GROUPS)
             acc, stage, phase = _blocks(acc, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                        at + first_step * STEP, GROUPS, TOKENS, STEP, U, DEPTH, STAGES,
-                                        mma)  # fmt: skip
+                                        at + first_step * STEP, GROUPS, TOKENS, STEP, U, STAGES, mma)  # fmt: skip
         for s in range(s0 + WG + chunks * (U * GROUPS), s1, GROUPS):
             acc, stage, phase = _blocks(acc, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                        at + s * STEP, GROUPS, TOKENS, STEP, 1, DEPTH, STAGES, mma)  # fmt: skip
+                                        at + s * STEP, GROUPS, TOKENS, STEP, 1, STAGES, mma)  # fmt: skip
         if WG > 0:
             mbarrier.wait(sum_empty.index(WG - 1), (handed & 1) ^ 1)
             sums.index(WG - 1).store(acc)
@@ -175,8 +163,7 @@ def _consumer(
 def swap_kernel(
     x_desc, w_desc, xs_desc, ws_desc, y_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps, y_ld,
     TOKENS: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    U: gl.constexpr, DEPTH: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    U: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N], rows `y_ld` apart."""
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP, 64, 128], w_desc.layout)
@@ -202,10 +189,10 @@ def swap_kernel(
             [
                 (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
                              bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, DEPTH, HAS_BIAS)),
+                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
                 (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
                              bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 1, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, DEPTH, HAS_BIAS)),
+                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
                 (produce, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
             ],
@@ -217,7 +204,7 @@ def swap_kernel(
             [
                 (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
                              bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, DEPTH, HAS_BIAS)),
+                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
                 (produce, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
                              ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
             ],
@@ -260,8 +247,7 @@ def launch(
         "STEP": config.step,
         "STAGES": config.stages,
         "SPLIT": config.split,
-        "U": config.unroll(ceil_div(k, 128)) // config.step,
-        "DEPTH": config.depth,
+        "U": config.unroll // config.step,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
         "EARLY": config.pdl and early,
