@@ -3,8 +3,9 @@
     python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
---nk "N,K;N,K", --m "1,16": fewer shapes; --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
-makes one report of several. --peers: folder with deep_gemm.tar.xz.
+--nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
+makes one report of several. --configs FILE: measure these configurations instead, JSON of {"MxNxK": [name, ...]}.
+--peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -27,14 +28,17 @@ from typing import Any
 
 import torch
 
+from blockscale import reference
+from blockscale.formats import get_format
 from blockscale.kernels.gluon import wide
 from blockscale.kernels.gluon.candidates import candidates
-from blockscale.kernels.gluon.config import Config
+from blockscale.kernels.gluon.config import Config, parse
 from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
 from blockscale.kernels.gluon.measure import Call, Case, time_calls
 from blockscale.kernels.gluon.selection import by_rule, choose, measured
 from blockscale.kernels.gluon.workers import check_all
+from blockscale.layouts import convert
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
 from gemm_peers import PEERS, Peer
@@ -89,12 +93,15 @@ def warm_peers(peers: list[Peer], folder: str, shapes: dict[tuple[int, int], lis
 
 
 def warm(peers: list[Peer], n: int, k: int, ms: list[int]) -> None:
-    """Worker of `warm_peers`."""
+    """Worker of `warm_peers`: what DeepGEMM compiles depends on the shape alone."""
     for m in ms:
-        case = Case(m, n, k)
+        x = convert(reference.quantize(torch.zeros(m, k, device="cuda"), get_format("fp8_1x128")), "tma")
+        w = reference.quantize(torch.zeros(n, k, device="cuda"), get_format("fp8_128x128"))
         for peer in peers:
-            peer.bind(*case.operands(0))()
-            torch.cuda.synchronize()
+            peer.bind(x, w, torch.empty(m, n, device="cuda", dtype=torch.bfloat16))()
+        torch.cuda.synchronize()
+        del x, w
+        torch.cuda.empty_cache()
 
 
 def prepare(
@@ -160,8 +167,11 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     chip = detect("cuda").value("chip") or "unknown"
     unseen = [] if args.nk else list(UNSEEN)
     part, parts = map(int, args.part.split("/"))
-    nks, unseen = nks[part::parts], unseen[part::parts]
+    nks, unseen = nks[part::parts], unseen[parts - 1 - part :: parts]
     plan = {(m, n, k): plan_of(m, n, k, args.rivals, (n, k) in nks) for n, k in [*unseen, *nks] for m in ms}
+    if args.configs:
+        asked = json.loads(pathlib.Path(args.configs).read_text())
+        plan |= {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
     texts = sorted({str(c) for chosen in plan.values() for c in chosen} | (rule_anywhere() if args.rule else set()))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
     peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
@@ -220,6 +230,7 @@ def main() -> None:
     parser.add_argument("--peers", default=".peers")
     parser.add_argument("--nk", default="")
     parser.add_argument("--m", default="")
+    parser.add_argument("--configs", default="")
     parser.add_argument("--part", default="0/1", help="measure the I-th of P parts of the weight shapes: I/P")
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")

@@ -66,4 +66,4 @@ def test_without_the_table_the_rule_decides() -> None:
 
 def test_heuristic_is_a_function_of_the_problem() -> None:
     w = quantize(torch.zeros(256, 256), get_format("fp8_128x128"))
-    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "swap-8-g1-k1-x1-s2"
+    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "wide-16o-u2-p1-g1-s2-x1-y64"
