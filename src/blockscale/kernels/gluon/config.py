@@ -103,6 +103,12 @@ class Wide:
         wgmma multiplies what lies in the others all the same, and those rows of y are dropped."""
         return 64 if self.groups == 3 else min(64 * self.groups, max(8, 1 << (m - 1).bit_length()))
 
+    def together(self, k: int) -> int:
+        """Rows of tiles that are walked together, `wide_tiles.py`."""
+        import os
+        if t := os.environ.get("HOP_T"): return int(t)
+        return 16 if self.bn >= 128 * self.groups else 8
+
     def tiles(self, m: int, n: int) -> int:
         return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)
 

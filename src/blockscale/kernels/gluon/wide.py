@@ -45,7 +45,7 @@ def _is_last(ticket, parts):
 @gluon.jit
 def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
-    num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _consume(
     phase = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
@@ -111,29 +111,29 @@ def _consume(
 @gluon.jit
 def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-    num_m, num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
+                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-                 num_m, num_n, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
+                 num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
                  HAS_BIAS)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
+@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
-    num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
+    together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
     STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
-    full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
+    together: rows of tiles that are walked together, see `wide_tiles.py`. full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
@@ -167,16 +167,16 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 4, 1],
@@ -186,10 +186,10 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [1],
@@ -199,13 +199,13 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 1],
@@ -245,6 +245,7 @@ def launch(
         w_scale.stride(0),
         m,
         n,
+        config.together(k),
         ceil_div(k, 128) // config.step,
         grid.full_waves,
         max(grid.dealt, 1),

@@ -39,7 +39,7 @@ def _fetch_weights(
 @gluon.jit
 def produce(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
-    num_m, num_n, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
+    num_m, num_n, together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     SCALE_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def produce(
     if EARLY:
         if count > 0:
             tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
-            m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+            m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
             early = gl.minimum(s1 - s0, STAGES)
             for i in range(early):
                 _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, i, n, (s0 + i) * STEP, ws_ld,
@@ -73,7 +73,7 @@ def produce(
     done = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, stage, n, kb, ws_ld, done >= early,
