@@ -3,7 +3,9 @@
     python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
---nk "N,K;N,K", --m "1,16": fewer shapes. --peers: folder with deep_gemm.tar.xz.
+--nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
+makes one report of several. --configs FILE: measure these configurations instead, JSON of {"MxNxK": [name, ...]}.
+--peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -14,6 +16,7 @@ fetched while the kernel before still runs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -25,17 +28,21 @@ from typing import Any
 
 import torch
 
+from blockscale import reference
+from blockscale.formats import get_format
+from blockscale.kernels.gluon import wide
 from blockscale.kernels.gluon.candidates import candidates
-from blockscale.kernels.gluon.config import Config
+from blockscale.kernels.gluon.config import Config, parse
 from blockscale.kernels.gluon.gemm import launch
 from blockscale.kernels.gluon.launch import release_graph_tickets
 from blockscale.kernels.gluon.measure import Call, Case, time_calls
 from blockscale.kernels.gluon.selection import by_rule, choose, measured
 from blockscale.kernels.gluon.workers import check_all
+from blockscale.layouts import convert
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
 from gemm_peers import PEERS, Peer
-from gemm_table import PEER_NAMES, dispatch, markdown
+from gemm_table import PEER_NAMES, dispatch, markdown, shipped
 from roofline import draw
 from shapes import NK, RULE_K, RULE_M, RULE_N, UNSEEN, M
 from timer import ceilings
@@ -54,6 +61,13 @@ def picked(case: Case) -> str:
     problem = Problem("matmul", case.n, case.k, x.data.dtype, w.format, w.layout, torch.bfloat16, x_format=x.format,
                       x_layout=x.layout)  # fmt: skip
     return select(problem, detect("cuda"), repack=False).pick(case.m).name
+
+
+def kernels_version() -> str:
+    """A short name of the kernels' source, so that a report can tell which of its rows are another version's."""
+    folder = pathlib.Path(wide.__file__).parent
+    names = sorted([*folder.glob("wide*.py"), *folder.glob("swap*.py"), folder / "device.py", folder / "config.py"])
+    return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()[:8]
 
 
 def sm_count() -> int:
@@ -79,12 +93,15 @@ def warm_peers(peers: list[Peer], folder: str, shapes: dict[tuple[int, int], lis
 
 
 def warm(peers: list[Peer], n: int, k: int, ms: list[int]) -> None:
-    """Worker of `warm_peers`."""
+    """Worker of `warm_peers`: what DeepGEMM compiles depends on the shape alone."""
     for m in ms:
-        case = Case(m, n, k)
+        x = convert(reference.quantize(torch.zeros(m, k, device="cuda"), get_format("fp8_1x128")), "tma")
+        w = reference.quantize(torch.zeros(n, k, device="cuda"), get_format("fp8_128x128"))
         for peer in peers:
-            peer.bind(*case.operands(0))()
-            torch.cuda.synchronize()
+            peer.bind(x, w, torch.empty(m, n, device="cuda", dtype=torch.bfloat16))()
+        torch.cuda.synchronize()
+        del x, w
+        torch.cuda.empty_cache()
 
 
 def prepare(
@@ -127,7 +144,8 @@ def measure(case: Case, plan: list[Config], peers: list[Peer], unseen: bool) -> 
     tried = {c: round(t, 3) for c, t in times.items() if c in ours}
     name = picked(case)
     row: Row = {"m": case.m, "n": case.n, "k": case.k, "ours": name, "config": "", "unseen": unseen, "tried": tried,
-                "time_us": {p: round(times[p], 3) for p in binds if p in times}, "faults": faults}  # fmt: skip
+                "time_us": {p: round(times[p], 3) for p in binds if p in times}, "faults": faults,
+                "kernels": kernels_version()}  # fmt: skip
     if tried:
         row["config"] = min(tried, key=tried.__getitem__)
         row["time_us"][name] = tried[row["config"]]
@@ -148,7 +166,12 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     """Check and measure everything; write what was measured after each weight shape."""
     chip = detect("cuda").value("chip") or "unknown"
     unseen = [] if args.nk else list(UNSEEN)
+    part, parts = map(int, args.part.split("/"))
+    nks, unseen = nks[part::parts], unseen[parts - 1 - part :: parts]
     plan = {(m, n, k): plan_of(m, n, k, args.rivals, (n, k) in nks) for n, k in [*unseen, *nks] for m in ms}
+    if args.configs:
+        asked = json.loads(pathlib.Path(args.configs).read_text())
+        plan |= {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
     texts = sorted({str(c) for chosen in plan.values() for c in chosen} | (rule_anywhere() if args.rule else set()))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
     peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
@@ -156,8 +179,8 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     verdicts = prepare(texts, peers, args.peers, shapes, args.prepare, args.workers)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
-    out = {"environment": environment(), "bad": bad, "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings(),
-           "dispatch": dispatch()}  # fmt: skip
+    out = {"environment": environment(), "kernels": kernels_version(), "bad": bad,
+           "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings(), "dispatch": dispatch()}  # fmt: skip
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:
@@ -166,7 +189,9 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
                 log("out of time at", m, n, k)
                 break
             good = [c for c in plan[m, n, k] if str(c) not in bad]
+            began = time.time()
             rows.append(measure(Case(m, n, k), good, peers, (n, k) in unseen))
+            log(m, n, k, json.dumps(rows[-1]["time_us"]), f"{time.time() - began:.2f} s")
         save(args.out, chip, out, rows)
         torch.cuda.empty_cache()
     log("end")
@@ -179,11 +204,7 @@ def save(folder: pathlib.Path, chip: str, out: dict[str, object], rows: list[Row
     (folder / f"{card}-gemm.json").write_text(json.dumps(report, indent=1))
     (folder / f"{card}-gemm.md").write_text(markdown(report))
     draw(report, folder / f"{card}-gemm.svg")
-    table: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if row["config"] and not row["unseen"]:
-            table.setdefault(f"{row['n']}x{row['k']}", {})[str(row["m"])] = str(row["config"])
-    (folder / f"{chip}.json").write_text(json.dumps(table, indent=1) + "\n")
+    (folder / f"{chip}.json").write_text(json.dumps(shipped(rows), indent=1) + "\n")
 
 
 def rule_anywhere() -> set[str]:
@@ -209,6 +230,8 @@ def main() -> None:
     parser.add_argument("--peers", default=".peers")
     parser.add_argument("--nk", default="")
     parser.add_argument("--m", default="")
+    parser.add_argument("--configs", default="")
+    parser.add_argument("--part", default="0/1", help="measure the I-th of P parts of the weight shapes: I/P")
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")
     parser.add_argument("--rivals", type=int, default=7, help="configurations beside the shipped one")

@@ -12,7 +12,7 @@ from blockscale import ops
 from blockscale.platform import detect
 from shapes import REGIMES, regime
 
-PEER_NAMES = ("deepgemm", "cublaslt", "bf16")
+PEER_NAMES = ("deepgemm", "deepgemm_pdl", "cublaslt", "bf16")
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -78,6 +78,15 @@ def dispatch(n: int = 1536, k: int = 7168) -> dict[str, float]:
     return {"overhead": round(result["linear"] - result["launches"], 2), **result}
 
 
+def shipped(rows: list[dict], table: dict[str, dict[str, str]] | None = None) -> dict[str, dict[str, str]]:
+    """The table that the kernels would ship: what was fastest on each shape that is not kept unseen, over `table`."""
+    found = {weight: dict(by_m) for weight, by_m in (table or {}).items()}
+    for row in rows:
+        if row["config"] and not row["unseen"]:
+            found.setdefault(f"{row['n']}x{row['k']}", {})[str(row["m"])] = str(row["config"])
+    return {weight: dict(sorted(by_m.items(), key=lambda at: int(at[0]))) for weight, by_m in sorted(found.items())}
+
+
 def summary(rows: list[dict], peer: str | None) -> dict[str, dict[str, float]]:
     """Geomean, worst and count of time(peer) / time(ours) by regime; None takes the best peer of each shape."""
     found: dict[str, list[float]] = {}
@@ -122,10 +131,13 @@ def markdown(out: dict) -> str:
         ours = times.get(row["ours"], math.nan)
         rate = (n * k + m * k + 2 * m * n) / ours / 1e3
         cells = [f"{times[p]:.1f} ({times[p] / ours:.2f})" if p in times else "-" for p in PEER_NAMES]
+        old = "" if row.get("kernels") == out.get("kernels") else "*"
         lines.append(
-            f"| {m} | {n} | {k} | {ours:.2f} | {row['ours']} | {row['config']} | {rate:.0f} | "
+            f"| {m}{old} | {n} | {k} | {ours:.2f} | {row['ours']} | {row['config']} | {rate:.0f} | "
             f"{2 * m * n * k / ours / 1e6:.0f} | "
             + " | ".join(cells) + " |"
         )  # fmt: skip
+    if any(row.get("kernels") != out.get("kernels") for row in rows):
+        lines += ["", "\\* From an earlier run, with an earlier version of the kernels."]
     faults = [f"{r['m']}x{r['n']}x{r['k']} {name}: {what}" for r in rows for name, what in r["faults"].items()]
     return "\n".join([*lines, "", *(["Faults:", *faults] if faults else ["No faults."]), ""])

@@ -17,6 +17,8 @@ from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, pars
         (Wide(128, 4, way="t", groups=1, per_sm=2), 2, 4),
         (Wide(64, 8), 2, 8),
         (Wide(128, 8, way="t", groups=3), 2, 4),
+        (Wide(256, 4, way="l", staging=128), 2, 4),  # room for 128 staged columns: no weight scales in shared memory
+        (Wide(32, 8, groups=1), 2, 16),
     ],
 )
 def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None:
@@ -30,6 +32,7 @@ def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None
         (Wide(128, staging=128), (1, 128), (1, 128)),
         (Wide(256, way="t", staging=256), (2, 128), (2, 128)),
         (Wide(192, way="s", staging=192), (2, 128), (3, 64)),
+        (Wide(256, way="l", staging=128), (2, 128), (2, 64)),
         (Wide(96, staging=96), (3, 32), (3, 32)),
         (Wide(96), (3, 32), (1, 32)),  # two slots would not come round in step with three units
         (Wide(160), (5, 32), (1, 32)),
@@ -39,6 +42,20 @@ def test_stages_of_wide_tiles(config: Wide, out_bytes: int, stages: int) -> None
 def test_pieces_and_staging(config: Wide, pieces: tuple[int, int], units: tuple[int, int]) -> None:
     assert (config.pieces, config.piece) == pieces
     assert (config.slots, config.unit) == units
+
+
+@pytest.mark.parametrize(
+    ("config", "m", "rows"),
+    [
+        (Wide(64, groups=1), 1, 8),
+        (Wide(64, groups=1), 17, 32),
+        (Wide(64, groups=1), 200, 64),
+        (Wide(64, groups=2), 65, 128),
+        (Wide(128, groups=3), 8, 64),  # boxes of 64 rows, whatever there is: 192 is no power of two
+    ],
+)
+def test_x_comes_in_boxes_as_high_as_there_are_tokens(config: Wide, m: int, rows: int) -> None:
+    assert config.x_rows(m) == rows
 
 
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])

@@ -16,15 +16,16 @@ from blockscale.reference import quantize
 @pytest.mark.parametrize(
     ("m", "n", "k", "config"),
     [
-        (1, 2048, 5120, "swap-8-g1-k3-x1-s2"),  # 32 tiles, three programs each
+        (1, 2048, 5120, "swap-8-g1-k4-x1-s2"),  # 32 tiles, four programs each
         (8, 5120, 3072, "swap-8-g1-k1-x1-s2"),
-        (16, 3584, 4608, "swap-16-g1-k2-x1-s2"),
-        (16, 18432, 7168, "swap-16-g1-k0-x1-s2"),  # 288 tiles: equal ranges for 132 programs
-        (32, 5120, 3072, "swap-32-g1-k1-x1-s2"),
-        (64, 24576, 1536, "wide-192o-u4-p1-g1-s2-x1-y64"),  # 128 tiles
-        (128, 512, 7168, "wide-32o-u8-p3-g1-s2-x1-y64"),
+        (16, 3584, 4608, "wide-32o-u6-p1-g1-s2-x1-y64"),  # 112 tiles
+        (16, 18432, 7168, "wide-160o-u4-p1-g1-s2-x1-y64"),  # 116 tiles
+        (32, 5120, 3072, "wide-64o-u8-p1-g1-s2-x1-y64"),
+        (64, 24576, 1536, "wide-64o-u12-p1-g1-s1-x1-y64"),  # three waves: the ends of tiles are hidden
+        (128, 512, 7168, "wide-32o-u14-p3-g1-s2-x1-y64"),
         (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
-        (4096, 4096, 7168, "wide-256t-u4-p1-g2-s1-x1-y64"),
+        (512, 18432, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),
+        (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128"),
         (4096, 2112, 7168, "wide-192s-u8-p1-g2-s1-x1-y192"),  # 11 columns of tiles, all full
         (512, 4096, 512, "wide-128o-u4-p1-g2-s1-x1-y128-late"),
     ],
@@ -65,4 +66,4 @@ def test_without_the_table_the_rule_decides() -> None:
 
 def test_heuristic_is_a_function_of_the_problem() -> None:
     w = quantize(torch.zeros(256, 256), get_format("fp8_128x128"))
-    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "swap-8-g1-k1-x1-s2"
+    assert str(heuristic(linear_problem(w, torch.bfloat16), 1, 132)) == "wide-16o-u2-p1-g1-s2-x1-y64"

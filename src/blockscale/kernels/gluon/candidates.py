@@ -12,26 +12,30 @@ from dataclasses import replace
 from .config import Config, Swap, Wide, ceil_div, wide_grid
 
 MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they stand
-READ_US = 1 / 2.8e6
+READ_US = 1 / 3.16e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
-LAUNCH_US = 3.0
-TILE_US = 0.35  # the epilogue of a tile, and TILE_128_US for each 128 columns of it
-TILE_128_US = 0.15
+READ_SM_US = 1 / 40e3
+"""The same where few SMs read: what one of them gets."""
+LAUNCH_US = 2.3
+TILE_US = 0.32  # the end of a tile, and TILE_128_US for each 128 columns of it
+TILE_128_US = 0.19
 BLOCK_US = {
-    1: {32: 0.11, 64: 0.15, 96: 0.22, 128: 0.22, 160: 0.36, 192: 0.40},
-    2: {32: 0.17, 64: 0.225, 96: 0.36, 128: 0.365, 192: 0.54, 256: 0.67},
+    1: {16: 0.09, 32: 0.114, 64: 0.167, 96: 0.26, 128: 0.233, 160: 0.385, 192: 0.48},
+    2: {32: 0.19, 64: 0.255, 96: 0.44, 128: 0.375, 192: 0.557, 256: 0.71},
     3: {128: 0.50},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
-SWAP_BLOCK_US = 0.22
-THROTTLE = 1.08  # the same when all SMs multiply for long: the chip lowers its clock
-CUT_US = 2.0  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
-CUT_64_US = 0.5
-OUT_OF_STEP = 1.08  # cut tiles after whole waves: programs drift apart, and L2 serves fewer of them at once
-PARTLY_READ = 1.02
-PARTLY_FILLED = 1.8  # a k-block of a tile with fewer rows than it has room for: TMA fills the rest with zeros
-SWAP_CUT_US = {8: 0.6, 16: 0.7, 32: 1.2}
-SWAP_READ = {8: 1.0, 16: 1.0, 32: 1.04}  # times READ_US: tokens and weights share the way into an SM
+SWAP_BLOCK_US = 0.12
+ONE_STEP = 1.9  # times that, where k-blocks are waited for one by one
+THROTTLE = 1.1  # the same when all SMs multiply for long: the chip lowers its clock
+CUT_US = 0.4  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
+CUT_64_US = 0.46
+OUT_OF_STEP = 1.035  # cut tiles after whole waves: programs drift apart, and L2 serves fewer of them at once
+SWAP_CUT_US = {8: 0.46, 16: 0.4, 32: 0.74}
+SWAP_READ = {8: 0.93, 16: 1.09, 32: 1.15}  # times READ_US: tokens and weights share the way into an SM
+SHARED_READ = 1.11  # the same, where programs share an SM, or tiles are cut unevenly
+SWAP_END_US = 0.25  # writing y
+BLEND = 5.0  # of multiplying and reading: the larger, the less they hinder each other
 
 
 def _unroll(blocks: int, most: int, step: int) -> int:
@@ -39,30 +43,33 @@ def _unroll(blocks: int, most: int, step: int) -> int:
     return max(u for u in range(step, max(most, step) + 1, step) if blocks % u == 0 or u == step)
 
 
+def _together(compute: float, read: float) -> float:
+    """Microseconds of multiplying and reading side by side: the longer of the two, and more where they are alike."""
+    return float((compute**BLEND + read**BLEND) ** (1 / BLEND))
+
+
+def _read_us(size: float, programs: int, sm_count: int) -> float:
+    """Microseconds of reading `size` bytes."""
+    return max(size * READ_US, size / min(programs, sm_count) * READ_SM_US)
+
+
 def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int) -> float:
     """Predicted microseconds of a wide launch."""
     grid = wide_grid(config, m, n, k, sm_count)
     blocks, tiles, places = ceil_div(k, 128), config.tiles(m, n), sm_count * config.per_sm
-    read = (n * k + m * k + 2 * m * n) * READ_US / tiles  # a tile's share
+    read = _read_us(n * k + m * k + 2 * m * n, grid.programs, sm_count)
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
     if grid.full_waves > 1 and m >= 1024:
         block *= THROTTLE
-    if m <= 48 * config.groups:
-        block *= PARTLY_FILLED
-        read *= PARTLY_READ
     tile = TILE_US + TILE_128_US * config.bn / 128
-    total = LAUNCH_US
-    left = tiles
-    for _ in range(min(grid.full_waves, ceil_div(tiles, places))):
-        wave = min(left, places)
-        total += max(blocks * block, wave * read) + tile
-        left -= wave
-    if grid.cut_tiles:
-        part = blocks * left / grid.dealt
-        fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * ceil_div(grid.dealt, left)
-        total += max(part * block, left * read) + tile + fixup
-        total *= OUT_OF_STEP if grid.full_waves else 1
-    return total
+    waves = min(grid.full_waves, ceil_div(tiles, places))
+    compute = waves * (blocks * block + tile) - tile  # the last tile's end, which nothing hides, comes at last
+    if not grid.cut_tiles:
+        return LAUNCH_US + _together(compute, read) + tile
+    left = tiles - waves * places
+    compute += blocks * left / grid.dealt * block + (tile if waves == 0 else 2 * tile)
+    fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * ceil_div(grid.dealt, left)
+    return (LAUNCH_US + _together(compute, read) + tile + fixup) * (OUT_OF_STEP if waves else 1)
 
 
 def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
@@ -71,10 +78,11 @@ def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
     programs = config.programs(m, n, k, sm_count)
     waves = ceil_div(programs, sm_count * config.per_sm)
     steps = blocks / config.split if config.split else blocks * tiles / programs
-    block = SWAP_BLOCK_US * config.per_sm * (1 if config.step > 1 else 1.1)
+    block = SWAP_BLOCK_US * config.per_sm * (1 if config.step > 1 else ONE_STEP)
     fixup = 0.0 if config.split == 1 else SWAP_CUT_US[config.tokens] * (1 if config.split else 0.5)
-    read = (n * k + m * k) * READ_US * SWAP_READ[config.tokens] * (1.06 if config.per_sm > 1 else 1)
-    return LAUNCH_US + max(waves * steps * block, read) + fixup + (0.3 if config.step > 1 else 0.6)
+    read = _read_us(n * k + m * k, programs, sm_count) * SWAP_READ[config.tokens]
+    read *= SHARED_READ if config.per_sm > 1 or not config.split else 1
+    return LAUNCH_US + _together(waves * steps * block, read) + fixup + SWAP_END_US
 
 
 def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float:
@@ -87,13 +95,14 @@ def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float
 def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
     blocks = ceil_div(k, 128)
     two = 2 if blocks % 2 == 0 else 1
+    most = 8 if m <= 32 else 16  # unroll: with more tokens the tensor cores count, and when they run dry
     if m <= 128:
-        for bn in (32, 64, 96, 128) if m > 32 else (64, 96, 128):
-            unroll = _unroll(blocks, 4 if bn == 96 else 8, two)
+        for bn in (16, 32, 64, 96, 128) if m <= 64 else (32, 64, 96, 128):
+            unroll = _unroll(blocks, 4 if bn == 96 else most, two)
             for parts in (1, 2, 3):
                 yield Wide(bn, unroll, parts, 1, two)
-                if bn == 64 and two == 2:
-                    yield Wide(bn, _unroll(blocks, 8, 1), parts, 1, 1)
+                if bn == 64 and two == 2 and m > 32:
+                    yield Wide(bn, _unroll(blocks, most, 1), parts, 1, 1)
         for bn in (160, 192):
             yield Wide(bn, _unroll(blocks, 4, two), 1, 1, two)
         if k <= 1024:
@@ -101,13 +110,13 @@ def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
     if m > 64:
         for bn in (32, 64):
             for parts in (1, 2, 3) if m <= 512 else ():
-                yield Wide(bn, _unroll(blocks, 8, two), parts, 2, two)
+                yield Wide(bn, _unroll(blocks, most, two), parts, 2, two)
         if m <= 1024:
-            yield Wide(64, _unroll(blocks, 8, 1), 1, 2, 1)
+            yield Wide(64, _unroll(blocks, most, 1), 1, 2, 1)
         for parts in (1, 2, 3) if m <= 512 else (1,):
             yield Wide(128, _unroll(blocks, 8, 1), parts, 2, 1, staging=128)
         yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=192)
-        yield Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t")
+        yield Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "l", staging=128)
     if 128 < m <= 1024:
         yield Wide(128, _unroll(blocks, 8, two), 1, 1, two)
     if 64 < m <= 256:
@@ -123,7 +132,7 @@ def _swapped(m: int, n: int, k: int, sm_count: int) -> Iterator[Swap]:
         if blocks < 4 * split and split > 1:
             continue
         per_sm = ceil_div(tiles * split, sm_count)
-        if per_sm <= (3 if k > 1024 else 4) and (split == 1 or tiles * split <= 1.6 * sm_count):
+        if per_sm <= (3 if k > 1024 else 4) and (split == 1 or tiles * split <= 2 * sm_count):
             for step in sorted({1, two}):
                 yield Swap(tokens, 1, split, per_sm, step)
     if tiles > sm_count and blocks >= 32:
@@ -155,7 +164,8 @@ def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Co
         more += [replace(config, pdl=False), replace(config, early=False)]
     if m >= 1024:  # many waves: how a tile is walked counts more than how it starts
         more += [
-            Wide(256, _unroll(blocks, 8, 1), 1, 2, 1, "t", pdl=False),
+            Wide(256, _unroll(blocks, 8, 1), 1, 2, 1, "l", staging=128),
+            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t", pdl=False),
             Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, "t", staging=128, pdl=False),
         ]
         if k <= 1024 or n <= 2304:

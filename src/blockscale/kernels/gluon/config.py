@@ -12,7 +12,7 @@ SHARED_BYTES = 232448
 """Shared memory that one program may have, in bytes; programs that share an SM have 1 KiB each less."""
 _SCALE_BOX = 128  # bytes: 32 fp32 weight scales
 _BARRIERS = 16  # bytes a stage: full and empty
-_SLACK = 1024  # bytes: alignment and the broadcast slot of the ticket
+_SLACK = 640  # bytes: alignment and the broadcast slot of the ticket
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -28,6 +28,8 @@ class Wide:
         "o" overlapped: one piece of at most 128 columns with two sets of partial products, or several pieces, bn 96,
             160 or 192, with one set each.
         "t" in turn: pieces of at most 128 columns, one set of partial products.
+        "l" in turn, with weight scales by plain loads instead of TMA: room for a second slot of y. bn 128 or 256,
+            step 1.
         "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
     unroll: k-blocks between two points where the tensor cores run dry.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
@@ -68,7 +70,7 @@ class Wide:
     @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""
-        return min(self.piece, 64 if self.way == "s" or self.staging < 128 else 128)
+        return min(self.piece, 64 if self.way in "sl" or self.staging < 128 else 128)
 
     @property
     def slots(self) -> int:
@@ -79,11 +81,14 @@ class Wide:
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
-        scale_rows = 2 if self.pieces > 1 else 1
+        scale_rows = 0 if self.way == "l" else 2 if self.pieces > 1 else 1
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
-        return min(12 // self.step, (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage)
+        return min(
+            (16 if self.bn <= 32 else 12) // self.step,
+            (budget - self.groups * 64 * self.slots * self.unit * out_bytes) // stage,
+        )
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -92,6 +97,17 @@ class Wide:
             return (168, 240) if self.groups == 2 else (128, 160)
         cap = min(224, 65536 // (256 * self.per_sm) // 8 * 8)
         return cap, min(240, (cap * 3 - 24) // 2 // 8 * 8)
+
+    def x_rows(self, m: int) -> int:
+        """Rows of x that one TMA request brings: no more than there are, for TMA writes every row that it is asked for.
+        wgmma multiplies what lies in the others all the same, and those rows of y are dropped."""
+        return 64 if self.groups == 3 else min(64 * self.groups, max(8, 1 << (m - 1).bit_length()))
+
+    def together(self, k: int) -> int:
+        """Rows of tiles that are walked together, `wide_tiles.py`."""
+        import os
+        if t := os.environ.get("HOP_T"): return int(t)
+        return 16 if self.bn >= 128 * self.groups else 8
 
     def tiles(self, m: int, n: int) -> int:
         return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)
@@ -195,7 +211,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ost])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
+    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

@@ -7,6 +7,7 @@ together, and a *stage* the shared memory that they occupy.
 """
 
 # mypy: disable-error-code=assignment
+# ruff: noqa: RUF005, SIM108 (compiled by Gluon: tuples)
 
 from __future__ import annotations
 
@@ -50,6 +51,18 @@ def promote_cols(acc, partial, scale):
 
 
 @gluon.jit
+def put(items, at: gl.constexpr, item):
+    """The tuple `items` with another item at `at`."""
+    out = ()
+    for i in gl.static_range(len(items)):
+        if i == at:
+            out = out + (item,)
+        else:
+            out = out + (items[i],)
+    return out
+
+
+@gluon.jit
 def box_start(index, ELEMENT: gl.constexpr):
     """Where the TMA box that holds scale `index` starts: boxes start at multiples of 16 bytes."""
     PER: gl.constexpr = 128 // ELEMENT.primitive_bitwidth
@@ -63,11 +76,26 @@ def weight_scale(boxes, slot, index, j: gl.constexpr, layout: gl.constexpr):
     boxes: one element per index, fp32 or E8M0 bytes (0 is 2^-127, 255 is NaN).
     """
     if boxes.dtype == gl.uint8:
-        byte = boxes.index(slot * 128 + (index & 15) + j).load(layout).to(gl.int32)
-        bits = gl.where(byte == 0, 0x00400000, byte << 23)
-        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
+        return _decoded(boxes.index(slot * 128 + (index & 15) + j).load(layout))
     else:
         return boxes.index(slot * 32 + (index & 3) + j).load(layout)
+
+
+@gluon.jit
+def load_scale(scales, index):
+    """The weight scale of flat index `index` as fp32, straight from memory, where L1 holds its neighbours along K."""
+    if scales.dtype.element_ty == gl.uint8:
+        return _decoded(gl.load(scales + index))
+    else:
+        return gl.load(scales + index)
+
+
+@gluon.jit
+def _decoded(codes):
+    """E8M0 codes as fp32: 0 is 2^-127, 255 is NaN."""
+    byte = codes.to(gl.int32)
+    bits = gl.where(byte == 0, 0x00400000, byte << 23)
+    return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

@@ -9,9 +9,9 @@ from . import tables
 from .candidates import ranked
 from .config import Config, Wide, ceil_div, parse
 
-_EARLY_ROWS = (
-    256  # beyond, weights that are fetched early get in the way of the launch before, but for the widest tiles
-)
+# Between these, weights that are fetched early get in the way of the launch before, but for the widest tiles.
+_EARLY_ROWS = 256
+_MANY_ROWS = 1024
 _SHORT_K = 1024  # a launch of so few k-blocks gains by starting early all the same, with nothing fetched
 
 
@@ -19,7 +19,7 @@ def by_rule(m: int, n: int, k: int, sm_count: int) -> Config:
     """The configuration of a shape that no table holds: the one with the least predicted time."""
     best = ranked(m, n, k, sm_count)[0]
     if isinstance(best, Wide):
-        early = m <= _EARLY_ROWS or best.way != "o"
+        early = m <= _EARLY_ROWS or best.bn == 256 or (best.bn == 192 and m > _MANY_ROWS)
         return replace(best, pdl=early or k <= _SHORT_K, early=early)
     return best
 

@@ -45,7 +45,7 @@ def _is_last(ticket, parts):
 @gluon.jit
 def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
-    num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -60,19 +60,22 @@ def _consume(
     phase = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
+        next_scales = ws_ld
+        if WAY == "l":
+            next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + (s0 + c * U) * STEP, ws_ld, start, WG, GROUPS, STEP, U, STAGES,
-                                                WAY, mma)  # fmt: skip
+                                                at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP, U,
+                                                STAGES, WAY, mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
             accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + s * STEP, ws_ld, start, WG, GROUPS, STEP, 1, STAGES,
+                                                at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
                                                 WAY, mma)  # fmt: skip
         whole = True
         if STREAM_K:
@@ -108,46 +111,54 @@ def _consume(
 @gluon.jit
 def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-    num_m, num_n, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
+                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-                 num_m, num_n, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
+                 num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
                  HAS_BIAS)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "num_steps", "full_waves", "dealt"])
+@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N, num_steps,
-    full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
+    together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
     STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
-    full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
+    together: rows of tiles that are walked together, see `wide_tiles.py`. full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
-    SCALE_ROWS: gl.constexpr = 2 if PIECES > 1 else 1
+    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" else 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
+    x_boxes = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
+    if GROUPS == 3:  # no power of two
+        x_bufs = x_boxes
+    else:
+        x_bufs = x_boxes._reinterpret(x_desc.dtype, [STAGES * STEP, BM, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * STEP * (BN // P), P, 128], w_desc.layout)
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * STEP, xs_desc.block_type.shape[0]], xs_desc.layout)
-    ws_bufs = gl.allocate_shared_memory(
-        ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
-    )
     if WAY == "s":
         q_bufs = gl.allocate_shared_memory(wq_desc.dtype, [STAGES, BN - P, 128], wq_desc.layout)
     else:
         q_bufs = w_bufs  # never touched
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
+    if WAY == "l":
+        ws_bufs = xs_bufs  # never touched
+        ws_boxes = ws_ptr
+    else:
+        ws_bufs = gl.allocate_shared_memory(
+            ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
+        )
+        ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty = make_barriers(STAGES, GROUPS)
     num_m = (M + BM - 1) // BM
     num_n = (N + BN - 1) // BN
@@ -156,16 +167,16 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 2, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 4, 1],
@@ -175,10 +186,10 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [1],
@@ -188,13 +199,13 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 0, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, num_steps, full_waves, dealt, 1, GROUPS,
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
                              PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
+                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
                              SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 1],
@@ -220,12 +231,13 @@ def launch(
         parts = workspace if workspace is not None else partial_tiles(x.device, wide_floats(config, grid))
         tickets = take_tickets(x.device, config.groups * (config.tiles(m, n) - grid.full_waves * grid.programs))
     arguments = (
-        matrix(x, 64 if config.groups == 3 else 64 * config.groups, 128),
+        matrix(x, config.x_rows(m), 128),
         matrix(w, config.piece, 128),
         matrix(w, config.bn - config.piece if config.way == "s" else config.piece, 128),
         flat(x_scale, 4 * (256 if config.groups == 3 else 64 * config.groups)),
         flat(w_scale),
         matrix(y, 64, config.unit),
+        w_scale,
         w_scale if bias is None else bias,
         parts,
         tickets,
@@ -233,6 +245,7 @@ def launch(
         w_scale.stride(0),
         m,
         n,
+        config.together(k),
         ceil_div(k, 128) // config.step,
         grid.full_waves,
         max(grid.dealt, 1),

@@ -5,14 +5,14 @@ They differ in how the tensor cores are kept busy while partial products are pro
 """
 
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM108 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: RUF005 (compiled by Gluon: tuples)
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .device import advance, promote_rows, weight_scale
+from .device import advance, load_scale, promote_rows, put, weight_scale
 
 
 @gluon.jit
@@ -73,18 +73,6 @@ def _blocks_overlapped(
 
 
 @gluon.jit
-def _put(items, at: gl.constexpr, item):
-    """The tuple `items` with another item at `at`."""
-    out = ()
-    for i in gl.static_range(len(items)):
-        if i == at:
-            out = out + (item,)
-        else:
-            out = out + (items[i],)
-    return out
-
-
-@gluon.jit
 def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
     """The row of weight scales, counted from the tile's first, of piece p. start: the tile's first column, mod 128."""
     if P == 128:
@@ -121,19 +109,19 @@ def _blocks_rotating(
                     done = warpgroup_mma_wait(PIECES - 1 - p, deps=(partials[p],))
                 if p == PIECES - 1 and i % STEP == 0:
                     mbarrier.arrive(empty.index(held), count=1)
-                accs = _put(accs, p, promote_rows(accs[p], done, scales[p]))
+                accs = put(accs, p, promote_rows(accs[p], done, scales[p]))
             else:
                 done = partials[p]
             if i < COUNT:
                 w = w_bufs.index((stage * STEP + i % STEP) * PIECES + p).permute((1, 0))
-                partials = _put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
+                partials = put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
                 r = _scale_row(start, p, P)
                 scale = x_scale * weight_scale(
                     ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
                 )
-                scales = _put(scales, p, scale)
+                scales = put(scales, p, scale)
         if i < COUNT and i % STEP == STEP - 1:
             held = stage
             stage, phase = advance(stage, phase, STAGES)
@@ -167,7 +155,37 @@ def _blocks_in_turn(
                 partial = warpgroup_mma_wait(0, deps=(busy,))
                 if j == STEP - 1 and p == PIECES - 1:
                     mbarrier.arrive(empty.index(stage), count=1)
-                accs = _put(accs, p, promote_rows(accs[p], partial, scale))
+                accs = put(accs, p, promote_rows(accs[p], partial, scale))
+        stage, phase = advance(stage, phase, STAGES)
+    return accs, stage, phase
+
+
+@gluon.jit
+def _blocks_in_turn_loading(
+    accs, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr, GROUPS: gl.constexpr,
+    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """As `_blocks_in_turn`, with weight scales by plain loads, which arrive while the tensor cores work: no shared
+    memory for them, and two TMA requests a k-block less. ws_ld: from a piece's scales to the next one's."""
+    PIECES: gl.constexpr = len(accs)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
+    for u in gl.static_range(U):
+        w_scales = ()
+        for p in gl.static_range(PIECES):
+            w_scales = w_scales + (load_scale(ws_ptr, at + u + p * ws_ld),)
+        mbarrier.wait(full.index(stage), phase)
+        x = x_rows(x_bufs, stage, WG, GROUPS)
+        for p in gl.static_range(PIECES):
+            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
+            busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+            if p == 0:
+                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
+            scale = x_scale * w_scales[p]
+            partial = warpgroup_mma_wait(0, deps=(busy,))
+            if p == PIECES - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
+            accs = put(accs, p, promote_rows(accs[p], partial, scale))
         stage, phase = advance(stage, phase, STAGES)
     return accs, stage, phase
 
@@ -221,6 +239,9 @@ def multiply_steps(
     elif WAY == "o":
         return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
+    elif WAY == "l":
+        return _blocks_in_turn_loading(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                                       WG, GROUPS, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip

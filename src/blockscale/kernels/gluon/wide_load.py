@@ -38,8 +38,8 @@ def _fetch_weights(
 
 @gluon.jit
 def produce(
-    x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
-    num_m, num_n, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
+    x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full, empty, xs_ld, ws_ld,
+    num_m, num_n, together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     SCALE_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
     PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -49,8 +49,10 @@ def produce(
     """
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     BOXES: gl.constexpr = 64 * GROUPS // XROWS
+    # where there are fewer tokens than rows of a tile, a box holds them all
+    FILLED: gl.constexpr = BOXES if GROUPS == 3 else 1
     BYTES: gl.constexpr = (
-        STEP * (BOXES * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
+        STEP * (FILLED * x_desc.block_type.nbytes + BN * 128 + xs_desc.block_type.nbytes)
         + SCALE_ROWS * ws_desc.block_type.nbytes
     )
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, dealt, STREAM_K)
@@ -58,7 +60,7 @@ def produce(
     if EARLY:
         if count > 0:
             tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
-            m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+            m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
             early = gl.minimum(s1 - s0, STAGES)
             for i in range(early):
                 _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, i, n, (s0 + i) * STEP, ws_ld,
@@ -71,15 +73,15 @@ def produce(
     done = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             _fetch_weights(w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, stage, n, kb, ws_ld, done >= early,
                            BYTES, PIECES, SCALE_ROWS, STEP, WAY)  # fmt: skip
             bar = full.index(stage)
             for j in gl.static_range(STEP):
-                for g in gl.static_range(BOXES):
-                    x = x_bufs.index((stage * STEP + j) * BOXES + g)
+                for g in gl.static_range(FILLED):
+                    x = x_boxes.index((stage * STEP + j) * BOXES + g)
                     tma.async_copy_global_to_shared(x_desc, [m + g * XROWS, (kb + j) * 128], bar, x)
                 tma.async_copy_global_to_shared(xs_desc, [(kb + j) * xs_ld + m], bar, xs_bufs.index(stage * STEP + j))
             stage, phase = advance(stage, phase, STAGES)

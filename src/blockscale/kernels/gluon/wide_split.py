@@ -82,7 +82,7 @@ def _blocks(
 
 @gluon.jit
 def consume_split(
-    y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, num_steps,
+    y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, together, num_steps,
     full_waves, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def consume_split(
     phase = 0
     for i in range(count):
         tile = segment(i, cut, u0, u1, num_steps, full_waves, False)[0]
-        m, n = tile_origin(tile, num_m, num_n, 64 * GROUPS, 192)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, 192)
         m += WG * 64
         n_p, n_q = pieces(n)
         at_p = n_p // 128 * ws_ld

@@ -12,16 +12,16 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def tile_origin(tile, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr):
-    """First row and column of a tile: groups of TOGETHER tile rows; inside a group along M first, then N.
+def tile_origin(tile, num_m, num_n, together, BM: gl.constexpr, BN: gl.constexpr):
+    """First row and column of a tile: groups of `together` tile rows; inside a group along M first, then N.
 
-    A wave's tiles share operands in L2, the more the closer their rectangle is to a square.
+    A wave's tiles share operands in L2, the more the closer their rectangle is to a square. All of a group's x is read
+    once a wave, and all of w once a group.
     """
-    TOGETHER: gl.constexpr = 16 if BN >= 2 * BM else 8
-    per_group = TOGETHER * num_n
+    per_group = together * num_n
     group = tile // per_group
-    first = group * TOGETHER
-    rows = gl.minimum(num_m - first, TOGETHER)
+    first = group * together
+    rows = gl.minimum(num_m - first, together)
     rest = tile % per_group
     return (first + rest % rows) * BM, rest // rows * BN
 

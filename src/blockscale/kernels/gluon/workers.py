@@ -26,7 +26,11 @@ _SILENT_SECONDS = 25.0
 def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     """(m, n, k) that a configuration is checked on: ragged rows, columns and K, several tiles, cut tiles."""
     if isinstance(config, Wide):
-        shapes = [(64 * config.groups + 2, 576, 720), (200, 2112, 1024), (64, 768, 2048)]
+        shapes = [(64 * config.groups + 2, 576, 720), (200, 2112, 1024)]
+        if config.groups == 1:  # boxes of 8, 16 and 32 rows of x
+            shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720)]
+        else:
+            shapes += [(64, 768, 2048)]
     else:
         shapes = [(config.tokens // 2 + 1, 576, 720), (config.tokens, 2112, 1024), (1, 768, 2048)]
     for m, n, k in shapes:
