@@ -8,6 +8,7 @@ it (`bench/aot.py`: no spills where the compiler reports them) and nobody has ti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from .platform import Platform
@@ -16,6 +17,7 @@ GemmPath = Literal["tma", "tma16", "native", "codec", "decoded", "weight_only"]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
 decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop."""
 
+_REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
 
@@ -53,6 +55,7 @@ class GemmTile:
     halves: int = 1
 
 
+@lru_cache(_REMEMBERED)
 def quantize_tile(rows: int, groups: int, group: int, platform: Platform, *, scales_by_column: bool) -> QuantizeTile:
     """Tile of a group quantization: `rows` x `groups` groups of `group` elements.
 
@@ -157,6 +160,7 @@ def multiprocessors(platform: Platform) -> int:
     return int(said) if said else _SMS.get(platform.arch, 64)
 
 
+@lru_cache(_REMEMBERED)
 def gemm_tile(
     path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform, *, invariant: bool = False
 ) -> GemmTile:

@@ -80,7 +80,8 @@ def matmul(
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((m, n), dtype=out_dtype)
-    tile = replace(tile, bk=max(tile.bk, how.folded))
+    if how.folded > tile.bk:
+        tile = replace(tile, bk=how.folded)
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
     if tile.split > 1:
