@@ -1,7 +1,7 @@
 """Which FP8 instructions a platform has, as Triton reaches them: pure functions of `Platform`.
 
-The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`). Answers are remembered:
-eager calls ask a dozen of these questions each.
+The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`). Answers are
+remembered: eager calls ask a dozen of these questions each.
 """
 
 from __future__ import annotations
