@@ -228,7 +228,7 @@ class HeardFunction(TorchFunctionMode):
 
 @pytest.mark.parametrize("mode", [HeardDispatch, HeardFunction])
 def test_modes_hear_every_call(w, mode):
-    """Plain eager calls go past torch's dispatcher (`library._unheard`); nobody who listens there may notice."""
+    """Plain eager calls go past torch's dispatcher (`shortcut.unheard`); nobody who listens there may notice."""
     heard = []
     with mode(heard):
         blockscale.linear(torch.randn(2, 576), w)

@@ -108,6 +108,9 @@ class Format:
     def __str__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
 
 _E8M0 = torch.float8_e8m0fnu
 _NAMED = {

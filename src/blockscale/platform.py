@@ -105,11 +105,19 @@ class Platform:
         """Schema of a package's torch op, None when no package brought the op."""
         return dict(self.ops).get(op)
 
+    def __hash__(self) -> int:
+        return hash((self.kind, self.arch))  # kernels look up what they know of a platform in each call
+
     @property
     def capability(self) -> int:
         """CUDA compute capability as one number (sm_90 -> 90); 0 on every other kind."""
-        match = re.fullmatch(r"sm_(\d+)[a-z]?", self.arch)
-        return int(match[1]) if self.kind == "cuda" and match else 0
+        return _capability(self.kind, self.arch)
+
+
+@cache
+def _capability(kind: str, arch: str) -> int:
+    match = re.fullmatch(r"sm_(\d+)[a-z]?", arch)
+    return int(match[1]) if kind == "cuda" and match else 0
 
 
 def _refuse_product_name(text: str) -> None:

@@ -165,9 +165,9 @@ def tested_as(kernel: Kernel, problem: Problem) -> str:
     return f"{kernel.op}.{kernel.name}.{problem.format or 'dense'}"
 
 
-verifier: Callable[[Kernel, Problem, torch.device], bool] | None = None
-"""Says whether a kernel may be used, trying it when it is new here; False once it has recorded why not. Installed by
-`conformance.selftest`."""
+verifier: Callable[[Sequence[Kernel], Problem, torch.device], bool] | None = None
+"""Says whether the kernels of a plan may be used, trying those that are new here; False once it has recorded why not.
+Installed by `conformance.selftest`."""
 
 
 def plan_for(problem: Problem, device: torch.device, *, kernel: str | None = None, repack: bool = True) -> Plan:
@@ -175,7 +175,7 @@ def plan_for(problem: Problem, device: torch.device, *, kernel: str | None = Non
     that fails is refused with that reason like any other."""
     for _ in range(len(kernels()) + 1):
         plan = select(problem, detect(device), kernel=kernel, repack=repack)
-        if verifier is None or all(verifier(span.kernel, problem, device) for span in plan.spans):
+        if verifier is None or verifier([span.kernel for span in plan.spans], problem, device):
             return plan
     raise BlockscaleError(f"self-test: verdicts for {device} are recorded but do not show; is the cache writable?")
 

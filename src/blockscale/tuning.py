@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from .platform import Platform
@@ -17,6 +18,7 @@ GemmPath = Literal["tma", "tma16", "native", "codec", "decoded", "weight_only"]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
 decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop."""
 
+_REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
 FEW_M = 16
@@ -59,6 +61,7 @@ class GemmTile:
     rescaled: bool = False
 
 
+@lru_cache(_REMEMBERED)
 def quantize_tile(rows: int, groups: int, group: int, platform: Platform, *, scales_by_column: bool) -> QuantizeTile:
     """Tile of a group quantization: `rows` x `groups` groups of `group` elements.
 
@@ -181,6 +184,7 @@ def decoded_rows(m: int, n: int, k: int, block_rows: int, platform: Platform) ->
     return -(-n // (slices * unit)) * unit
 
 
+@lru_cache(_REMEMBERED)
 def gemm_tile(
     path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform, *, invariant: bool = False
 ) -> GemmTile:

@@ -37,11 +37,18 @@ def plan_json(plan: Plan | None) -> list[dict[str, Any]]:
     return [{"m_min": s.m_min, "m_max": s.m_max, "kernel": s.kernel.name} for s in plan.spans] if plan else []
 
 
-def decisions_json(decisions: list[Decision]) -> list[dict[str, Any]]:
+def configurations(decision: Decision, problem: Problem, platform: Platform) -> list[str]:
+    """What an accepting kernel would launch by M, and where that choice comes from; of kernels that say so."""
+    said = getattr(decision.kernel, "configurations", None)
+    return list(said(problem, platform)) if said and decision.accepted else []
+
+
+def decisions_json(decisions: list[Decision], problem: Problem, platform: Platform) -> list[dict[str, Any]]:
     return [
-        {"kernel": d.kernel.name, "accepted": d.accepted, "reasons": list(d.reasons), "notes": list(d.notes)}
+        {"kernel": d.kernel.name, "accepted": d.accepted, "reasons": list(d.reasons), "notes": list(d.notes),
+         "configurations": configurations(d, problem, platform)}
         for d in decisions
-    ]
+    ]  # fmt: skip
 
 
 def problem_json(problem: Problem) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..numerics import Numerics, get_numerics
 from ..platform import Platform
 from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
-from ._output import console, decisions_json, plan_json, platform_from, print_json, problem_json
+from ._output import configurations, console, decisions_json, plan_json, platform_from, print_json, problem_json
 
 _FORMAT = "fp8_128x128"
 _EXPERTS = ("grouped_linear", "masked_linear", "gathered_linear")
@@ -144,7 +144,7 @@ def _answer(problem: Problem, platform: Platform, kernel: str | None, count: int
         "problem": problem_json(problem),
         "platform": str(platform),
         "plan": plan_json(plan),
-        "decisions": decisions_json(explain(problem, platform)),
+        "decisions": decisions_json(explain(problem, platform), problem, platform),
         "layers": count,
     }
 
@@ -166,7 +166,8 @@ def _show(problem: Problem, platform: Platform, kernel: str | None, count: int) 
     for decision in explain(problem, platform):
         mark = "[green]accepts[/green]" if decision.accepted else "refuses"
         out.print(f"  {mark}  {decision.kernel.name}", highlight=False)
-        for line in decision.reasons or decision.notes:
+        lines = decision.reasons or (*decision.notes, *configurations(decision, problem, platform))
+        for line in lines:
             out.print(f"             - {escape(line)}", highlight=False)
 
 

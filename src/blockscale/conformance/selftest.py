@@ -1,8 +1,12 @@
 """Try a kernel before its first use on a device, once for each driver and set of versions.
 
 BLOCKSCALE_SELF_TEST=1 (or `enable()`) turns it on. A kernel that is new here runs a handful of conformance cases in a
-process of its own, so that one that crashes or breaks the device takes nothing down with it. The verdict is recorded
-(`verdicts`); a failure becomes a feature of the platform, and `explain` refuses the kernel with that reason.
+process of its own, so that one that crashes or breaks the device takes nothing down with it; the kernels of a plan run
+side by side. The verdict is recorded (`verdicts`); a failure becomes a feature of the platform, and `explain` refuses
+the kernel with that reason.
+
+A first use should not wait long, and on a GPU it waits for compilers: cases differ in what x holds and in M, and have
+two shapes of the weight in all, of which one is the problem's own where that is small.
 
 A test that could not be made, for want of memory or of a process, is no verdict: the kernel is used and tried again in
 the next process.
@@ -10,7 +14,8 @@ the next process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -38,25 +43,34 @@ def disable() -> None:
     registry.verifier = None
 
 
-def verify(kernel: Kernel, problem: Problem, device: torch.device) -> bool:
-    """Whether the kernel may serve the problem's format on this device; tries it when nothing is recorded."""
-    if device.type == "meta" or kernel.priority <= 0:  # the last resort: nothing could take its place
+def verify(kernels: Sequence[Kernel], problem: Problem, device: torch.device) -> bool:
+    """Whether these kernels may serve the problem's format on this device; tries those that nothing is recorded of."""
+    if device.type == "meta":
         return True
-    name, key = registry.tested_as(kernel, problem), identity(detect(device))
-    known = verdicts.read(key).get(name)
-    if known is not None or name in _undecided:
-        return known in (None, verdicts.PASSED)
-    verdict = attempt(kernel, problem, device)
-    if verdict is None:
-        _undecided.add(name)
-        return True
-    verdicts.record(key, name, verdict)
-    if verdict == verdicts.PASSED:
-        return True
-    logger.warning("self-test: %s on %s %s", name, device, verdict)
-    detect.cache_clear()
-    registry.forget()
-    return False
+    key = identity(detect(device))
+    known, new = verdicts.read(key), dict[str, Kernel]()
+    for kernel in kernels:
+        name = registry.tested_as(kernel, problem)
+        if kernel.priority > 0 and name not in _undecided:  # 0: the last resort, nothing could take its place
+            if name not in known:
+                new[name] = kernel
+            elif known[name] != verdicts.PASSED:
+                return False
+    with ThreadPoolExecutor(max(1, len(new))) as pool:
+        made = pool.map(lambda kernel: attempt(kernel, problem, device), new.values())
+        found = dict(zip(new, made, strict=True))
+    failed = {name: verdict for name, verdict in found.items() if verdict not in (None, verdicts.PASSED)}
+    for name, verdict in found.items():
+        if verdict is None:
+            _undecided.add(name)
+        else:
+            verdicts.record(key, name, verdict)
+    for name, verdict in failed.items():
+        logger.warning("self-test: %s on %s %s", name, device, verdict)
+    if failed:
+        detect.cache_clear()
+        registry.forget()
+    return not failed
 
 
 def attempt(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
@@ -96,22 +110,23 @@ def _run_there(process: Process, kernel: Kernel, case: Case) -> str | None:
 
 
 def _cases(kernel: Kernel, problem: Problem, device: torch.device) -> Iterator[Case]:
-    """Ragged, one row, NaN, zeros and the problem's own shape, as far as the kernel takes them."""
+    """One weight with ragged rows and columns: few rows of x, one, more than a tile, NaN, zeros. One regular weight."""
     low, high = kernel.m_range
     format = problem.format.name if problem.format else None
     base = Case(
         problem.op, format, max(low, 3), 192 if problem.n else 0, 576, problem.out_dtype, str(problem.numerics),
         groups=min(problem.groups, 4),
     )  # fmt: skip
+    own = problem.n * problem.k <= _LARGEST
     wanted = [
         base,
-        replace(base, m=low, n=base.n and 256, k=512),
-        replace(base, m=max(low, 70), k=1024, n=base.n and 512),
+        replace(base, m=low),
+        replace(base, m=max(low, 70)),
+        replace(base, edge="nan_row"),
+        replace(base, edge="zero_row"),
+        replace(base, n=problem.n if own else 512, k=problem.k if own else 1024),
     ]
-    wanted += [replace(base, m=max(low, 5), k=512, n=base.n and 256, edge=edge) for edge in ("nan_row", "zero_row")]
-    if problem.n * problem.k <= _LARGEST:
-        wanted.append(replace(base, n=problem.n, k=problem.k))
-    for case in wanted:
+    for case in dict.fromkeys(wanted):
         if (high is None or case.m <= high) and kernel in candidates(case, detect(device)):
             yield case
 

@@ -192,18 +192,21 @@ class Linear(WeightModule):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers, names, bias = self._buffers, self.names, self.bias
-        parts = buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale]
-        y = shortcut.again(self._bound, x, *parts, bias, self._policy, self.kernel)
+        data, scale = buffers[names.data], buffers[names.scale]
+        level, static = buffers[names.global_scale], buffers[names.input_scale]
+        assert data is not None
+        assert scale is not None
+        y = shortcut.again(self._bound, x, data, scale, level, static, bias, self._policy, self.kernel)
         if y is not None:
             return y
-        if shortcut.plain(x, parts[0], bias):
+        if shortcut.plain(x, data, bias):
             weight = self.quantized
             y = linear(x, weight, bias, numerics=self._policy, kernel=self.kernel)
             self._bound = weight.bound
             return y
         return gradients.linear(
-            x, *parts, bias, self.out_features, self.in_features, self.format.name, self.layout, self._policy,
-            self.kernel or "",
+            x, data, scale, level, static, bias, self.out_features, self.in_features, self.format.name, self.layout,
+            self._policy, self.kernel or "",
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from blockscale.cli import app
 from blockscale.kernels.gluon import tables
 from blockscale.kernels.gluon.config import parse
-from blockscale.kernels.gluon.selection import choose, measured
+from blockscale.kernels.gluon.selection import by_rule, choose, entry, measured
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKSCALE_TABLES", str(tmp_path))
-    tables.read.cache_clear()
+    tables.forget()
     choose.cache_clear()
     yield
-    tables.read.cache_clear()
+    tables.forget()
     choose.cache_clear()
 
 
@@ -48,3 +50,22 @@ def test_the_users_cache_is_the_default_place(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("BLOCKSCALE_TABLES")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert tables.user_folder() == tmp_path / "cache" / "blockscale" / "tables"
+
+
+def test_a_choice_says_which_row_of_which_file_it_is(tmp_path: Path) -> None:
+    path = tables.write("a-card", {"64x128": {"16": "swap-16-g1-k1-x1-s1"}})
+    assert entry(9, 64, 128, "a-card") == f"{path}, row 64x128, M=16"
+    assert str(choose(9, 64, 128, 132, "a-card")) == "swap-16-g1-k1-x1-s1"
+    assert entry(17, 64, 128, "a-card") == "rule"
+    assert choose(17, 64, 128, 132, "a-card") == by_rule(17, 64, 128, 132)
+    assert entry(1, 2112, 7168, "nvidia-h200") == "shipped/nvidia-h200.json, row 2112x7168, M=1"
+
+
+def test_explain_shows_the_rows_that_it_used(tmp_path: Path) -> None:
+    path = tables.write("a-card", {"64x128": {"16": "swap-16-g1-k1-x1-s1"}})
+    platform = "cuda:sm_90+triton=3.6+sms=132+chip=a-card"
+    result = CliRunner().invoke(app, ["explain", "--shape", "64,128", "--platform", platform, "--json"])
+    said = {d["kernel"]: d["configurations"] for d in json.loads(result.stdout)["decisions"]}
+    assert f"M=16: swap-16-g1-k1-x1-s1 ({path}, row 64x128, M=16)" in said["gluon.decode"]
+    assert f"M=128: {by_rule(128, 64, 128, 132)} (rule)" in said["gluon.prefill"]
+    assert said["reference.linear"] == []

@@ -16,9 +16,10 @@ from ...platform import Platform, detect
 from ...registry import Problem
 from ...tensor import BlockScaled
 from .config import Config
-from .selection import choose
+from .selection import choose, entry
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SHOWN_ROWS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 _SMALLEST_FLOOR = 1e-30  # below it a scale could be subnormal, which the fast division does not round right
 
 
@@ -35,6 +36,7 @@ class _Gluon:
     of a k-block (DeepSeek-V3 report, section 3.3.2); relative to the sum of magnitudes."""
 
     layout = "row"
+    m_range: tuple[int, int | None]
     accumulation_error = 2.0**-10
 
     def why_not(self, problem: Problem, platform: Platform) -> Iterator[str]:
@@ -49,6 +51,15 @@ class _Gluon:
             yield f"K={problem.k} is not a multiple of 16: TMA wants rows at multiples of 16 bytes"
         if problem.out_dtype not in _FLOATS:
             yield f"out is {problem.out_dtype}, needs float32, bfloat16 or float16"
+
+    def configurations(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        """What it would launch, at some M that it serves, and which table's row or rule says so."""
+        low, high = self.m_range
+        sm_count, chip = int(platform.value("sms") or 132), platform.value("chip") or ""
+        for m in _SHOWN_ROWS:
+            if low <= m and (high is None or m <= high):
+                config = choose(m, problem.n, problem.k, sm_count, chip)
+                yield f"M={m}: {config} ({entry(m, problem.n, problem.k, chip)})"
 
     def _activations(self, act: Format | None) -> Iterator[str]:
         if act is None:

@@ -34,15 +34,27 @@ def choose(m: int, n: int, k: int, sm_count: int, chip: str = "") -> Config:
 
 
 def measured(m: int, n: int, k: int, chip: str) -> Config | None:
-    """The table's configuration for the nearest larger M that is tiled alike; None when there is none.
+    """The table's configuration for the nearest larger M that is tiled alike; None when there is none."""
+    at = _row(m, n, k, chip)
+    return None if at is None else parse(tables.read(chip)[f"{n}x{k}"][str(at)])
+
+
+def entry(m: int, n: int, k: int, chip: str = "") -> str:
+    """Where `choose` finds the configuration: a table's file and row, or the rule."""
+    at = _row(m, n, k, chip)
+    return "rule" if at is None else f"{tables.origin(chip, f'{n}x{k}', str(at))}, row {n}x{k}, M={at}"
+
+
+def _row(m: int, n: int, k: int, chip: str) -> int | None:
+    """The M of the row that serves m rows.
 
     Alike: the same tokens of a swapped tile, or as many rows of 128 (an eighth more or less beyond 2048 rows).
     """
-    for at, text in sorted((int(at), text) for at, text in tables.read(chip).get(f"{n}x{k}", {}).items()):
+    for at in sorted(int(at) for at in tables.read(chip).get(f"{n}x{k}", {})):
         if at < m:
             continue
         alike = _tokens(at) == _tokens(m) if at <= 64 else 8 * (ceil_div(at, 128) - ceil_div(m, 128)) <= at // 2048
-        return parse(text) if alike else None
+        return at if alike else None
     return None
 
 

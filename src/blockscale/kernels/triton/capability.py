@@ -1,6 +1,7 @@
 """Which FP8 instructions a platform has, as Triton reaches them: pure functions of `Platform`.
 
-The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`).
+The table is measured by compiling ahead of time for every target (docs/platforms.md, `bench/aot.py`). Answers are
+remembered: eager calls ask a dozen of these questions each.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ GROUP_MAX = 4096
 KINDS = ("cuda", "rocm", "xpu")
 """Where Triton generates code. Anything else refuses."""
 
+_SCALE_KINDS: dict[object, str] = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 _ROCM_FP8 = ("gfx950", "gfx1200", "gfx1201", "gfx1250")
 
 
+@cache
 def dot_element(platform: Platform, element: str) -> bool:
     """Whether matrix instructions take two operands of this element ("fp8", "fp8fnuz"); else they are decoded."""
     if element == "fp8":
@@ -29,6 +32,7 @@ def dot_element(platform: Platform, element: str) -> bool:
     return element == "fp8fnuz" and platform.kind == "rocm" and platform.arch == "gfx942"
 
 
+@cache
 def native_cast(platform: Platform, element: str) -> bool:
     """Whether fp32 -> fp8 by the chip gives the reference's bytes.
 
@@ -38,26 +42,31 @@ def native_cast(platform: Platform, element: str) -> bool:
     return element == "fp8" and platform.capability >= 90 and platform.value("fp8") != "none"
 
 
+@cache
 def native_load(platform: Platform, element: str) -> bool:
     """Whether fp8 -> fp16 or bf16 by the chip is exact (it is wherever the chip has the instruction)."""
     return element == "fp8" and platform.capability >= 89 and platform.value("fp8") != "none"
 
 
+@cache
 def ptx_decode(platform: Platform, compute: torch.dtype) -> bool:
     """Whether `codec.decode_ptx` decodes to this dtype here: exact, and faster than the chip's own conversion."""
     return platform.capability >= (75 if compute == torch.float16 else 80) and compute != torch.float32
 
 
+@cache
 def bf16_dot(platform: Platform) -> torch.dtype:
     """What bf16 operands are multiplied in: fp32 where there is no bf16 instruction (sm_75, Triton's interpreter)."""
     return torch.bfloat16 if platform.kind in KINDS and platform.arch != "sm_75" else torch.float32
 
 
+@cache
 def has_tma(platform: Platform) -> bool:
     """Tensor memory accelerator: block copies described on the host."""
     return platform.capability in (90, 100, 103)
 
 
+@cache
 def multiply_options(platform: Platform) -> dict[str, str]:
     """What Intel's compiler is told of multiplications: 256 registers a thread. With 128 the shipped tiles spill.
 
@@ -66,6 +75,7 @@ def multiply_options(platform: Platform) -> dict[str, str]:
     return {"grf_mode": "large"} if platform.kind == "xpu" else {}
 
 
+@cache
 def quantize_options(platform: Platform, warps: int) -> dict[str, Any]:
     """Warps of a quantizer. On Intel twice as many (DG2: four times), with 256 registers a thread: as many as elsewhere
     spill up to 127 registers on PVC and 1035 on DG2.
@@ -77,6 +87,7 @@ def quantize_options(platform: Platform, warps: int) -> dict[str, Any]:
     return {"num_warps": (4 if platform.arch == "dg2" else 2) * warps, **multiply_options(platform)}
 
 
+@cache
 def fused_multiply_add(platform: Platform) -> bool:
     """Whether `tl.fma` rounds once; the interpreter's rounds twice."""
     return platform.kind in ("cuda", "rocm")
@@ -89,7 +100,7 @@ def is_grouped(fmt: Format) -> bool:
 
 def scale_kind(fmt: Format, dtype: object) -> str:
     """How kernels read scales stored in this dtype: "e8m0" and "e4m3" come as bytes, "float" as values."""
-    return {"torch.float8_e8m0fnu": "e8m0", "torch.float8_e4m3fn": "e4m3"}.get(str(dtype), "float")
+    return _SCALE_KINDS.get(dtype, "float")
 
 
 @cache

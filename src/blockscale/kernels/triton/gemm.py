@@ -112,7 +112,8 @@ def _multiply(
     w_data = operand(w, how.constants["W_KIND"], how)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
-    tile = replace(tile, bk=max(tile.bk, how.folded))
+    if how.folded > tile.bk:
+        tile = replace(tile, bk=how.folded)
     tiles = -(-m // tile.bm) * -(-n // tile.bn)
     part = None
     if tile.split > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -69,7 +70,7 @@ def quantize_activations(
         return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout)
     values = None
     if not _powers(fmt, fmt.scale_dtype, platform):
-        fmt = replace(fmt, scale_dtype=torch.float32)
+        fmt = _with_float_scales(fmt)
         element = "fp8fnuz" if layout == "fnuz" else fmt.element.name
         if layout == "row":
             layout = "tma"
@@ -142,6 +143,11 @@ def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
         scale = scale.view(torch.uint8)
     row, group = (1, scale.stride(0)) if q.layout in ("tma", "col_scales") else (scale.stride(-2), scale.stride(-1))
     return scale, row if q.format.block[0] is not None else 0, group
+
+
+@cache
+def _with_float_scales(fmt: Format) -> Format:
+    return replace(fmt, scale_dtype=torch.float32)
 
 
 def _element(q: BlockScaled) -> str:

@@ -22,17 +22,32 @@ def user_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockscale" / "tables"
 
 
-@cache
 def read(chip: str) -> Table:
     """The table of a card, the user's rows over the shipped ones; empty for a card that nobody measured."""
-    if not chip:
-        return {}
+    return _read(chip)[0]
+
+
+def origin(chip: str, shape: str, m: str) -> str:
+    """The file that a row of `read(chip)` came from: a path, or "shipped/<card>.json"."""
+    return _read(chip)[1][shape, m]
+
+
+def forget() -> None:
+    """Read the files again when they are next asked for."""
+    _read.cache_clear()
+
+
+@cache
+def _read(chip: str) -> tuple[Table, dict[tuple[str, str], str]]:
     found: Table = {}
-    for source in (resources.files(__package__) / f"{chip}.json", user_folder() / f"{chip}.json"):
-        if source.is_file():
+    origins: dict[tuple[str, str], str] = {}
+    own = user_folder() / f"{chip}.json"
+    for source, name in ((resources.files(__package__) / f"{chip}.json", f"shipped/{chip}.json"), (own, str(own))):
+        if chip and source.is_file():
             for shape, rows in json.loads(source.read_text()).items():
                 found.setdefault(shape, {}).update(rows)
-    return found
+                origins |= {(shape, m): name for m in rows}
+    return found, origins
 
 
 def write(chip: str, rows: Table) -> Path:
@@ -45,5 +60,5 @@ def write(chip: str, rows: Table) -> Path:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(table, indent=1) + "\n")
     part.replace(path)  # whole or not at all
-    read.cache_clear()
+    forget()
     return path
