@@ -25,9 +25,6 @@ _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL)
 _WINDOW = 2 << 20
 """Bytes. The cache drops blocks of up to this size, which lie at multiples of their size, as soon as a part was read,
 and would have to read the other part again: only whole windows are read that way, the ends of a tensor as usual."""
-_HELD = 4 * _WINDOW
-"""Bytes of a tensor in memory beyond the piece asked for. What is left of a window moves to the front of the buffer
-when its end is reached: the larger, the rarer; the smaller, the more of it a processor's cache holds."""
 
 
 def byte_view(t: Tensor) -> memoryview:
@@ -69,9 +66,12 @@ class ByteReader:
         return self._buffer[first - self._low : last - self._low]
 
     def _make_room(self, first: int, last: int) -> None:
-        """What is held from `first` on goes to the front of a buffer that also holds `last`."""
+        """What is held from `first` on goes to the front of a buffer that also holds `last`, and the end of its window.
+
+        A larger buffer would move less and be slower: what is read shall still be in a processor's cache when it is used.
+        """
         left = self._buffer[first - self._low : self._high - self._low]
-        wanted = min(last - first + _HELD, self._info.end - first)
+        wanted = min(last - first + _WINDOW, self._info.end - first)
         buffer = self._buffer if self._buffer.numel() >= wanted else torch.empty(wanted, dtype=torch.uint8)
         if left.numel():
             if left.numel() > first - self._low and buffer is self._buffer:
