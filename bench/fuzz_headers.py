@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from blockscale.checkpoint.files import read_bytes
+from blockscale.checkpoint.byteio import read_bytes
 from blockscale.checkpoint.header import MAX_HEADER, read_header
 from blockscale.errors import CheckpointError, DtypeError
 

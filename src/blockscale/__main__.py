@@ -1,5 +1,6 @@
 """`python -m blockscale` is the command line, also under torchrun."""
 
-from .cli import main
+if __name__ == "__main__":  # spawned workers import this module under another name, and need no commands
+    from .cli import main
 
-main()
+    main()

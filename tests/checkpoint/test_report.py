@@ -15,7 +15,6 @@ from blockscale.checkpoint.names import Parts
 from blockscale.checkpoint.reader import StoredLayer
 from blockscale.checkpoint.report import kind_of, page
 from blockscale.checkpoint.search import searched_scale
-from blockscale.checkpoint.sharding import fit, verdicts
 from blockscale.checkpoint.stats import Stats
 from blockscale.checkpoint.svg import bars, dots
 
@@ -125,38 +124,3 @@ def test_quantize_with_searched_scales(llama, tmp_path):
         return json.loads((path / "quantization_report.json").read_text())["summary"]["mean_relative_error"]
 
     assert error(tmp_path / "mse") < error(tmp_path / "plain") * 0.98
-
-
-# -- tensor parallel ----------------------------------------------------------------------------------------------
-
-
-def layer(name, n, k, fmt="fp8_128x128"):
-    return StoredLayer(name, get_format(fmt), (n, k), "F32", Parts("a", "b"), Path("x"), 0)
-
-
-@pytest.mark.parametrize(
-    ("stored", "ranks", "want"),
-    [
-        (layer("m.gate_proj", 512, 256), 4, "aligned"),
-        (layer("m.gate_proj", 320, 256), 2, "inside"),  # 160 rows: a block and a quarter
-        (layer("m.gate_proj", 192, 256), 1, "whole"),
-        (layer("m.gate_proj", 192, 256), 5, "uneven"),
-        (layer("m.down_proj", 256, 512), 4, "aligned"),
-        (layer("m.down_proj", 256, 192), 2, "inside"),
-        (layer("m.w2", 256, 192, "mxfp4"), 2, "aligned"),
-        (layer("m.w2", 256, 192, "mxfp4"), 4, "inside"),
-        (layer("m.kv_a_proj_with_mqa", 576, 256), 8, "whole"),
-        (layer("m.q_proj", 300, 256, "fp8_tensor"), 4, "aligned"),
-    ],
-)
-def test_how_a_layer_splits(stored, ranks, want):
-    assert fit(stored, ranks) == want
-
-
-def test_verdicts(models):
-    rows = {row["ranks"]: row for row in verdicts(open_checkpoint(models("qwen3")).layers)}
-    assert rows[1]["verdict"] == "on block boundaries"
-    assert rows[2]["verdict"] == "re-block"
-    assert "model.layers.*.mlp.experts.*.gate_proj" in rows[2]["kinds"]["inside"]
-    assert rows[5]["verdict"] == "uneven"
-    assert list(rows) == list(range(1, 17))

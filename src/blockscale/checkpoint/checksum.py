@@ -11,6 +11,9 @@ _LANES = 127
 _ROUNDS = 64
 _PIECE = _LANES * _ROUNDS * 8
 """Bytes summed before anything is hashed."""
+_WIDE = 8
+"""Rounds that are first summed as if they were one of eight times the lanes: torch adds rows of 8 KB at 26 GB/s on one
+core, rows of 1 KB at 9."""
 
 
 class Checksum:
@@ -23,35 +26,41 @@ class Checksum:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._tail = torch.empty(0, dtype=torch.uint8)
+        self._tail = torch.empty(_PIECE, dtype=torch.uint8)
+        self._waiting = 0  # bytes in the tail
         self._length = 0
 
     def update(self, piece: Tensor) -> None:
         """Add the bytes of a tensor of any dtype."""
         flat = piece.contiguous().reshape(-1).view(torch.uint8)
         self._length += flat.numel()
-        if self._tail.numel():
-            missing = _PIECE - self._tail.numel()
-            self._tail = torch.cat([self._tail, flat[:missing]])
-            flat = flat[missing:]
-            if self._tail.numel() < _PIECE:
+        if self._waiting:
+            missing = min(_PIECE - self._waiting, flat.numel())
+            self._keep(flat[:missing])
+            if self._waiting < _PIECE:
                 return
+            self._waiting = 0
             self._add(self._tail)
+            flat = flat[missing:]
         whole = flat.numel() // _PIECE * _PIECE
         if whole:
             self._add(flat[:whole])
-        self._tail = flat[whole:].clone()
+        self._keep(flat[whole:])
+
+    def _keep(self, flat: Tensor) -> None:
+        self._tail[self._waiting : self._waiting + flat.numel()].copy_(flat)
+        self._waiting += flat.numel()
 
     def _add(self, flat: Tensor) -> None:
         """Whole pieces."""
         if flat.storage_offset() % 8:
             flat = flat.clone()
-        sums = flat.view(torch.int64).view(-1, _ROUNDS, _LANES).sum(1)
-        self._hash.update(sums.numpy().tobytes())
+        wide = flat.view(torch.int64).view(-1, _ROUNDS // _WIDE, _WIDE * _LANES).sum(1)
+        self._hash.update(wide.view(-1, _WIDE, _LANES).sum(1).numpy())
 
     def hexdigest(self) -> str:
         """Of all bytes so far."""
         final = self._hash.copy()
-        final.update(self._tail.numpy().tobytes())
+        final.update(self._tail[: self._waiting].numpy())
         final.update(self._length.to_bytes(8, "little"))
         return final.hexdigest()[:32]

@@ -8,11 +8,9 @@ Pickle files are never opened.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,52 +109,3 @@ class ShardReader:
         if info.start % info.torch_dtype.itemsize:
             flat = flat.clone()  # old writers do not align; `view` needs it
         return flat.view(info.torch_dtype).reshape(info.shape)
-
-
-def byte_view(t: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, shared and not copied."""
-    return memoryview(cast(Any, t.reshape(-1).view(torch.uint8).numpy()))
-
-
-class ByteReader:
-    """Ranges of one tensor's bytes, one after the other, through one file handle and one buffer: a context manager.
-
-    Reading, not mapping: pages of a mapped file count as this process's memory, and a file that shrinks kills it.
-    """
-
-    def __init__(self, info: TensorInfo) -> None:
-        self._info = info
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._fd = -1
-
-    def __enter__(self) -> ByteReader:
-        self._fd = os.open(self._info.file, os.O_RDONLY)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
-
-    def read(self, begin: int, end: int) -> Tensor:
-        """Bytes `begin … end` as uint8, overwritten by the next call. Raises CheckpointError for a file that ends."""
-        size = end - begin
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        piece = self._buffer[:size]
-        view, got = byte_view(piece), 0
-        while got < size:
-            n = os.preadv(self._fd, [view[got:]], self._info.start + begin + got)
-            if not n:
-                raise CheckpointError(
-                    f"{self._info.file}: {self._info.name}: the file ended after {got} of {size} bytes"
-                )
-            got += n
-        return piece
-
-
-def read_bytes(info: TensorInfo, begin: int = 0, end: int | None = None) -> Tensor:
-    """Bytes `begin … end` of a tensor, read (not mapped, so they do not stay in this process's memory): uint8.
-
-    Raises CheckpointError when the file has become shorter.
-    """
-    with ByteReader(info) as reader:
-        return reader.read(begin, info.nbytes if end is None else end)

@@ -17,7 +17,7 @@ from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
 from .exact import convert_exact, values
-from .files import ByteReader, read_bytes
+from .byteio import ByteReader, read_bytes
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of

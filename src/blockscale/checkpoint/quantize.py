@@ -23,7 +23,7 @@ from .report import write_report
 from .scaleout import carry_out
 from .shards import pack_shards
 from .source import FileTensor, SourceTensor
-from .steps import Copy, Quantize, Step, is_matrix
+from .steps import Copy, Quantize, Report, Step, is_matrix
 from .writer import copy_file, write_json
 
 SKIP = (
@@ -67,7 +67,7 @@ class QuantizeOptions:
     skip: tuple[str, ...] = ()
     nan: Literal["error", "keep"] = "error"
     scales: Literal["amax", "mse"] = "amax"
-    report: Literal["sample", "full", "none"] = "sample"
+    report: Report = "sample"
     shard_size: int = SHARD_SIZE
 
 
@@ -141,7 +141,7 @@ def _step(source: SourceTensor, encoding: Encoding, options: QuantizeOptions, co
             raise CheckpointError(
                 f"{source.name}: {encoding.format} packs two columns a byte, got {list(source.shape)}"
             )
-        return Quantize(source, encoding, options.nan == "keep", options.scales == "mse", options.report == "full")
+        return Quantize(source, encoding, options.nan == "keep", options.scales == "mse", options.report)
     return Copy(source, dtype=copy_dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import byte_view
+from .byteio import byte_view
 from .header import TensorInfo
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .checksum import Checksum
-from .files import ByteReader
+from .byteio import ByteReader
 from .header import TensorInfo
 
 SLAB = 1 << 20
@@ -31,8 +31,11 @@ class SourceTensor(Protocol):
 
     @property
     def nbytes(self) -> int: ...
-    def stream(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows `[n, cols]`) of each of `slabs`, in order; overwritten when the next are asked for."""
+    def stream(self, multiple: int = 1, again: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows `[n, cols]`) of each of `slabs`, in order; overwritten when the next are asked for.
+
+        again: the tensor will be streamed once more.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class FileTensor:
     def nbytes(self) -> int:
         return self.info.nbytes
 
-    def stream(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    def stream(self, multiple: int = 1, again: bool = False) -> Iterator[tuple[int, Tensor]]:
         rows, cols = folded(self.info.shape)
         width = self.info.nbytes // rows if rows else 0
-        with ByteReader(self.info) as reader:
+        with ByteReader(self.info, again) as reader:
             for begin, end in slabs(self.info.shape, multiple):
                 piece = reader.read(begin * width, end * width).view(self.info.torch_dtype)
                 yield begin, piece.reshape(end - begin, cols)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..reference import dequantize
 from ..tensor import BlockScaled
 
 SAMPLE = 1 << 18
-"""Elements measured of each tensor by default. Measuring costs more than quantizing does."""
+"""Elements measured of each tensor by default, together at its end. Measuring costs more than quantizing does."""
 _WINDOWS = 16
 """Places at which they are taken, at most."""
 _GATHER = 1 << 16
@@ -37,6 +38,7 @@ class Stats:
         self._scales: Counter[int] = Counter()
         self._uncounted: list[Tensor] = []
         self._waiting = 0
+        self._held: list[tuple[Tensor, BlockScaled, float]] = []
         self._amax = 0.0
 
     def add(self, x: Tensor, q: BlockScaled, index: int) -> None:
@@ -45,8 +47,7 @@ class Stats:
         if self._full:
             self._measure(x.float(), q, level)
         elif index % self._every == 0:
-            part, stored = self._window(x, q, index // self._every)
-            self._measure(part.float(), stored, level)
+            self._hold(*self._window(x, q, index // self._every), level)
 
     def add_exact(self, q: BlockScaled, mixed: bool) -> None:
         """A slab `q: [rows, cols]` whose values did not change. mixed: others of the tensor may have changed."""
@@ -92,6 +93,25 @@ class Stats:
         )
         return x[top : top + high, left : left + wide], part
 
+    def _hold(self, x: Tensor, q: BlockScaled, level: float) -> None:
+        """Keep a window until there are others like it: measuring one is all overhead."""
+        if q.format.block[0] is None:  # one scale for all rows: windows do not make a matrix together
+            self._measure(x.float(), q, level)
+            return
+        if self._held and (self._held[0][1].shape != q.shape or self._held[0][2] != level):
+            self._measure_held()
+        own = replace(q, data=q.data.clone(), scale=q.scale.clone())
+        self._held.append((x.clone(), own, level))
+
+    def _measure_held(self) -> None:
+        if not self._held:
+            return
+        xs, qs, levels = zip(*self._held, strict=True)
+        self._held.clear()
+        data, scale = (_stacked([getattr(q, part) for q in qs]) for part in ("data", "scale"))
+        shape = (sum(q.shape[0] for q in qs), qs[0].shape[1])
+        self._measure(torch.cat(xs).float(), replace(qs[0], data=data, scale=scale, shape=shape), levels[0])
+
     def _measure(self, x: Tensor, q: BlockScaled, level: float) -> None:
         y = dequantize(q)
         error, power = _squares(x - y), _squares(x)
@@ -120,6 +140,7 @@ class Stats:
         zeros: not zero before, zero now. scales: {exponent of two: count}.
         """
         self._count_scales()
+        self._measure_held()
         relative = math.sqrt(self._error / self._power) if self._power > 0 else 0.0
         return {
             "relative_error": _rounded(relative),
@@ -130,6 +151,11 @@ class Stats:
             "measured": self._measured,
             "scales": {str(e): n for e, n in sorted(self._scales.items())},
         }
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """One above the other; as bytes, since not every 8-bit type can be concatenated."""
+    return torch.cat([part.view(torch.uint8) if part.itemsize == 1 else part for part in parts]).view(parts[0].dtype)
 
 
 def _squares(x: Tensor) -> float:

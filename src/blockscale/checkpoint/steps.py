@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .stats import Stats
 from .writer import Spec
 
 Write = Callable[[str, Tensor], None]
+Report = Literal["sample", "full", "none"]
 Advance = Callable[[int], None]
 """Told the bytes of the source that were just dealt with."""
 
@@ -84,14 +85,14 @@ class Quantize:
     """A float matrix to block-scaled tensors: bytes equal to `reference.quantize` of the whole matrix.
 
     keep_nan: store NaN and infinities as the format does, instead of refusing. search: MSE-searched scales.
-    full_report: measure every element.
+    report: measure a "sample" of the elements, all ("full"), or "none".
     """
 
     source: SourceTensor
     encoding: Encoding
     keep_nan: bool = False
     search: bool = False
-    full_report: bool = False
+    report: Report = "sample"
     rename: str | None = None
 
     @property
@@ -119,12 +120,16 @@ class Quantize:
         fmt, shape, names = self.encoding.format, self.source.shape, self.encoding.parts(self.module)
         whole = self._whole_scale()
         total = Checksum()
-        stats = Stats(shape[0] * shape[1], sum(1 for _ in slabs(shape, self._multiple)), self.full_report)
+        stats = None
+        if self.report != "none":
+            count = sum(1 for _ in slabs(shape, self._multiple))
+            stats = Stats(shape[0] * shape[1], count, self.report == "full")
         for i, (begin, x) in enumerate(self.source.stream(self._multiple)):
             total.update(x)
             q = self._quantize(x, whole)
             self._check_finite(x, q, begin)
-            stats.add(x, q, i)
+            if stats is not None:
+                stats.add(x, q, i)
             parts = self.encoding.tensors(self.module, q)
             write(names.data, parts[names.data])
             if i == 0 or fmt.block[0] is not None:
@@ -133,7 +138,7 @@ class Quantize:
                 write(names.global_scale, parts[names.global_scale])
             advance(x.numel() * x.element_size())
         record = {"name": self.module, "step": "quantize", "format": fmt.name, "shape": list(shape)}
-        return record | {"checksum": total.hexdigest()} | stats.result()
+        return record | {"checksum": total.hexdigest()} | (stats.result() if stats is not None else {})
 
     def checksum(self) -> str:
         return checksum(self.source, self._multiple)
@@ -155,7 +160,7 @@ class Quantize:
         if not fmt.two_level and fmt.block[0] is not None:
             return None
         amax = torch.zeros(())
-        for _, x in self.source.stream(self._multiple):
+        for _, x in self.source.stream(self._multiple, again=True):
             magnitude = x.float().abs()
             amax = torch.maximum(amax, torch.where(magnitude < torch.inf, magnitude, 0.0).amax())
         if fmt.two_level:

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from .reader import Checkpoint, StoredLayer
-from .sharding import verdicts
 
 
 def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -15,7 +14,6 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
 
     bits_per_weight: stored bits of block-scaled weights, scales included, by their elements; None without any.
     formats: one entry for each (format, scale dtype). shapes: one for each distinct layer shape. plain: by dtype.
-    tensor_parallel: `sharding.verdicts`.
     """
     layers = checkpoint.layers
     elements = sum(math.prod(layer.shape) for layer in layers)
@@ -36,7 +34,6 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
         "bits_per_weight": 8 * scaled / elements if elements else None,
         "formats": _formats(layers),
         "shapes": _shapes(layers),
-        "tensor_parallel": verdicts(layers),
         "plain": {dtype: plain[dtype] for dtype in sorted(plain)},
     }
 

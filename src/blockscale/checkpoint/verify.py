@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import KEY
 from .exact import values
-from .files import read_bytes
+from .byteio import read_bytes
 from .header import TensorInfo
 from .layersteps import LayerSource, row_ranges
 from .names import v4_to_transformers, weight_of

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checksum import Checksum
-from .files import ByteReader, byte_view
+from .byteio import ByteReader, ByteWriter, byte_view
 from .header import DTYPES, read_header
 
 PARTIAL = ".partial"
@@ -86,10 +86,12 @@ class ShardWriter:
         self._head = len(text).to_bytes(8, "little") + text
         self._at = {s.name: len(self._head) + entries[s.name]["data_offsets"][0] for s in ordered}
         self._left = {s.name: s.nbytes for s in ordered}
-        self._sums = {s.name: Checksum() for s in ordered}
+        self._sums: dict[str, Checksum] = {}
+        self._done: dict[str, str] = {s.name: Checksum().hexdigest() for s in ordered if not s.nbytes}
         self._waiting: dict[str, _Waiting] = {}
         self.size = len(self._head) + offset
         self._fd = -1
+        self._out = ByteWriter(-1)
 
     def __enter__(self) -> ShardWriter:
         """Raises OSError when the disk has no room for the whole shard."""
@@ -97,7 +99,8 @@ class ShardWriter:
         try:
             with naming(self.path):
                 os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
-                _pwrite(self._fd, self._head, 0)
+                self._out = ByteWriter(self._fd)
+                self._out.write(self._head, 0)
         except BaseException:
             self._abandon()
             raise
@@ -126,9 +129,13 @@ class ShardWriter:
 
     def _append(self, name: str, flat: Tensor) -> None:
         with naming(self.path):
-            _pwrite(self._fd, byte_view(flat), self._at[name])
-        self._sums[name].update(flat)
+            self._out.write(byte_view(flat), self._at[name])
         self._at[name] += flat.numel()
+        if name not in self._sums:
+            self._sums[name] = Checksum()
+        self._sums[name].update(flat)
+        if self._left[name] == 0:
+            self._done[name] = self._sums.pop(name).hexdigest()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
@@ -153,7 +160,7 @@ class ShardWriter:
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor's bytes, and of the header under "" """
-        return {"": hashlib.sha256(self._head).hexdigest()} | {n: s.hexdigest() for n, s in self._sums.items()}
+        return {"": hashlib.sha256(self._head).hexdigest()} | {name: self._done[name] for name in self._at}
 
 
 @contextlib.contextmanager
@@ -165,13 +172,6 @@ def naming(path: Path) -> Iterator[None]:
         if e.filename is None:
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise
-
-
-def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        n = os.pwrite(fd, view, offset)
-        view, offset = view[n:], offset + n
 
 
 def shard_checksums(path: Path) -> dict[str, str]:

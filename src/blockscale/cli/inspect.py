@@ -15,6 +15,7 @@ from ..checkpoint.summary import summarize
 from ..parallel.planner import plan_sharding
 from ..parallel.summary import summarize as summarize_plan
 from ..policy import model_policy
+from ._fit import verdicts
 from ._output import console, print_json
 
 
@@ -34,8 +35,9 @@ def register(app: typer.Typer) -> None:
         """
         found = open_checkpoint(checkpoint)
         summary = summarize(found)
+        policy = model_policy(numerics, found.config)
+        summary["tensor_parallel"] = verdicts(found, policy) if found.layers else []
         if tp is not None or ep > 1:
-            policy = model_policy(numerics, found.config)
             summary["plan"] = summarize_plan(plan_sharding(found, tp or ep, ep, policy))
         if as_json:
             print_json(summary)
@@ -94,13 +96,16 @@ def _runs(sizes: list[int]) -> str:
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Table:
     """Numbers of ranks that fit equally well share a row."""
-    table = Table("ranks", "tensor parallel", "whole", "aligned", "cut inside a block", "uneven", _name("which"))
+    counts = ("whole", "aligned", "inside", "unequal")
+    heads = ("ranks", "tensor parallel", "whole", "whole blocks", "cut inside a block", "unequal shares")
+    table = Table(*heads, _name("which, why"))
     alike: dict[tuple[str, ...], list[str]] = {}
     for row in rows[1:]:
-        kinds = [kind for found in row["kinds"].values() for kind in found]
-        which = (kinds[0] + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else "")) if kinds else ""
-        counts = [str(row[kind]) for kind in ("whole", "aligned", "inside", "uneven")]
-        alike.setdefault((row["verdict"], *counts, which), []).append(str(row["ranks"]))
+        kinds = row["kinds"]["inside"] or row["kinds"]["unequal"]
+        notes = [kinds[0] + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else "")] if kinds else []
+        notes += row["reasons"][:1]
+        said = (row["verdict"], *(str(row[kind]) for kind in counts), "; ".join(notes))
+        alike.setdefault(said, []).append(str(row["ranks"]))
     for said, ranks in alike.items():
         table.add_row(", ".join(ranks), *said)
     return table
