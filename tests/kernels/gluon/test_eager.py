@@ -61,6 +61,8 @@ def test_a_call_is_prepared_once_for_each_stream_and_number_of_rows(card, w):
     assert call(w, x.view(1, 3, 256)) is first
     assert call(w, torch.zeros(5, 256, dtype=torch.bfloat16)) is not first
     assert call(w, torch.zeros(3, 512, dtype=torch.bfloat16)[:, :256]) is not first  # rows further apart
+    with_bias = {call(w, x, torch.zeros(192, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)}
+    assert len(with_bias | {first}) == 3  # a kernel is compiled for the dtype of its bias
     card.stream = 8
     other = call(w, x)
     assert other is not first

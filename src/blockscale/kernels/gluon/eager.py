@@ -109,7 +109,7 @@ class _Kept(local):
     two threads that change its addresses would meet in them."""
 
     def __init__(self) -> None:
-        self.prepared: dict[tuple[int, ...], Prepared] = {}
+        self.prepared: dict[tuple[object, ...], Prepared] = {}
         self.scratch: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -166,10 +166,10 @@ class Linear:
             return self._elsewhere(x.contiguous(), data, scale, bias, m)
         if _device() != device or _captures():
             return self._elsewhere(x, data, scale, bias, m)
-        # kernels are compiled for aligned or unaligned addresses; what is prepared holds the weight's
+        # kernels are compiled for a bias's dtype, and for aligned or unaligned addresses
         address, stream = x.data_ptr(), _stream(device)
-        aligned = address % 16 * 32 + (16 if bias is None else bias.data_ptr() % 16)
-        key = (data.data_ptr(), scale.data_ptr(), m, distance, aligned, stream)
+        added = None if bias is None else (bias.dtype, bias.data_ptr() % 16)
+        key = (data.data_ptr(), scale.data_ptr(), m, distance, address % 16, added, stream)
         prepared = _kept.prepared.get(key)
         if prepared is None or prepared.problem is not self.problem:
             if scale.dtype not in _READ_AS_STORED or is_external(x.device):
