@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from . import gradients, library, reference, routed, shortcut
-from .errors import DtypeError, ShapeError
+from .errors import BlockscaleError, DtypeError, ShapeError, UnknownNameError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
 from .registry import Problem
 from .tensor import BlockScaled
 
+_ROUNDINGS = get_args(ScaleRounding)
 _SORTED = "grouped_linear over sorted rows"
 
 
@@ -40,9 +41,7 @@ def quantize(
     reference.check_input(x, fmt)
     if scale is not None:
         reference.check_scale(scale, x, fmt)
-    parts = library.OPS.quantize(
-        x, scale, fmt.name, layout, scale_rounding or "", DEFAULT_FLOOR if floor is None else floor, kernel or ""
-    )
+    parts = library.OPS.quantize(x, scale, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or "")
     return _quantized(parts, fmt, layout, tuple(x.shape))
 
 
@@ -65,9 +64,13 @@ def swiglu_quantize(
     fmt = get_format(format)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ShapeError(f"swiglu_quantize: needs gate_up [T, 2 I], got {list(gate_up.shape)}")
-    floor = DEFAULT_FLOOR if floor is None else floor
+    if routing_weight is not None and tuple(routing_weight.shape) != (len(gate_up),):
+        raise ShapeError(
+            f"swiglu_quantize: gate_up {list(gate_up.shape)} needs routing_weight [{len(gate_up)}], "
+            f"got {list(routing_weight.shape)}"
+        )
     parts = library.OPS.swiglu_quantize(
-        gate_up, limit, routing_weight, fmt.name, layout, scale_rounding or "", floor, kernel or ""
+        gate_up, limit, routing_weight, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
     )
     return _quantized(parts, fmt, layout, (gate_up.shape[0], gate_up.shape[1] // 2))
 
@@ -90,8 +93,9 @@ def rmsnorm_quantize(
     fmt = get_format(format)
     if x.dim() != 2 or tuple(weight.shape) != tuple(x.shape[1:]):
         raise ShapeError(f"rmsnorm_quantize: needs x [T, K] and weight [K], got {list(x.shape)}, {list(weight.shape)}")
-    floor = DEFAULT_FLOOR if floor is None else floor
-    parts = library.OPS.rmsnorm_quantize(x, weight, eps, fmt.name, layout, scale_rounding or "", floor, kernel or "")
+    parts = library.OPS.rmsnorm_quantize(
+        x, weight, eps, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
+    )
     return _quantized(parts, fmt, layout, tuple(x.shape))
 
 
@@ -105,8 +109,9 @@ def matmul(
 ) -> Tensor:
     """`x: [M, K]` times `w: [N, K]` transposed, both quantized -> `[M, N]`, accumulated in fp32.
 
-    Raises ShapeError when K differs, NoKernelError with every kernel's reasons.
+    Raises ShapeError when K differs or w is a stack, NoKernelError with every kernel's reasons.
     """
+    _check_matrix("matmul", w)
     _check_inner(x.shape, w)
     y: Tensor = library.OPS.matmul(
         x.data, x.scale, x.global_scale, w.data, w.scale, w.global_scale, x.format.name, x.layout,
@@ -134,9 +139,10 @@ def linear(
     y = shortcut.again(w.bound, x, data, scale, level, static, bias, numerics, kernel)
     if y is not None:
         return y
+    _check_matrix("linear", w)
     _check_inner(x.shape, w)
     _check_operands(x, w, bias)
-    if len(w.shape) == 2 and shortcut.plain(x, data, bias):
+    if shortcut.plain(x, data, bias):
         object.__setattr__(w, "bound", shortcut.Bound(x, w, numerics, kernel))  # a memo: what is frozen stays so
         y = shortcut.again(w.bound, x, data, scale, level, static, bias, numerics, kernel)
         if y is not None:
@@ -162,6 +168,7 @@ def grouped_linear(
         raise ShapeError(
             f"grouped_linear: needs w [E, N, K] and offsets [E], got {list(w.shape)} and {list(offsets.shape)}"
         )
+    _check_indices("grouped_linear: offsets", offsets)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return gradients.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
 
@@ -175,6 +182,7 @@ def masked_linear(
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
     routed.check_masked(x.shape, w, counts)
+    _check_indices("masked_linear: counts", counts)
     _check_operands(x, w, None)
     gradients.refuse("masked_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
@@ -191,6 +199,7 @@ def gathered_linear(
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
     routed.check_gathered(x.shape, w, ids)
+    _check_indices("gathered_linear: ids", ids)
     _check_operands(x, w, None)
     gradients.refuse("gathered_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
@@ -226,6 +235,29 @@ def _quantized(parts: tuple[Tensor, ...], fmt: Format, layout: str, shape: tuple
     return BlockScaled(data, scale, fmt, layout, shape, global_scale=level if fmt.two_level else None)
 
 
+def _floor(floor: float | None) -> float:
+    """The default where none is given. A floor of 0 would divide by it, a negative one would be no floor."""
+    if floor is not None and not 0 < floor < float("inf"):
+        raise BlockscaleError(f"floor: needs a positive finite number, got {floor}")
+    return DEFAULT_FLOOR if floor is None else floor
+
+
+def _rounding(rounding: str | None) -> str:
+    if rounding is not None and rounding not in _ROUNDINGS:
+        raise UnknownNameError("scale rounding", rounding, _ROUNDINGS)
+    return rounding or ""
+
+
+def _check_indices(name: str, t: Tensor) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"{name} needs int32, got {t.dtype}")
+
+
+def _check_matrix(op: str, w: BlockScaled) -> None:
+    if len(w.shape) != 2:
+        raise ShapeError(f"{op}: needs w [N, K], got {list(w.shape)}; stacks of experts go to grouped_linear")
+
+
 def _check_inner(x: torch.Size | tuple[int, ...], w: BlockScaled) -> None:
     if not len(x) or x[-1] != w.shape[-1]:
         raise ShapeError(f"{w.format}: x {list(x)} and w {list(w.shape)} need the same K (the last dimension)")
@@ -238,3 +270,5 @@ def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
         raise DtypeError(f"linear: x is on {x.device}, the weight on {w.device}")
     if bias is not None and tuple(bias.shape) != (w.shape[-2],):
         raise ShapeError(f"linear: w {list(w.shape)} needs bias [{w.shape[-2]}], got {list(bias.shape)}")
+    if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DtypeError(f"linear: bias needs float32, bfloat16 or float16, got {bias.dtype}")

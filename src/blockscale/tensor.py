@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import DtypeError, ShapeError
-from .formats import Format
+from .formats import Format, get_format
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -18,6 +18,7 @@ class BlockScaled:
 
     data: `[..., rows, cols]` in the element's dtype; FP4 is packed, `[..., rows, cols / 2]` bytes.
     scale: `[..., grid rows, grid cols]` in one of `format.scale_dtypes`; it multiplies.
+    format: a `Format`, or its name.
     layout: the name of how data and scale sit in memory (`layouts.LAYOUTS`); shapes above are "row"'s.
     shape: the logical `[..., rows, cols]` in elements.
     global_scale: fp32, `[]` or one per leading index; multiplies every block scale (NVFP4).
@@ -37,6 +38,7 @@ class BlockScaled:
     """What the last `linear` with this weight found out (`shortcut.Bound`); no part of the value."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "format", get_format(self.format))
         if not self.shape:
             *lead, cols = self.data.shape
             object.__setattr__(self, "shape", (*lead, cols * 2 if self.format.packed else cols))
