@@ -34,8 +34,8 @@ def collectives(b: Bench) -> Link:
     for size in sizes:
         x = torch.zeros(size // 4, device=b.device)
         calls[str(size)] = lambda x=x: b.world.tp.all_reduce(x)
-    sums = torch.zeros(b.s.prefill, b.s.hidden, device=b.device)
-    rows = torch.zeros(b.s.prefill // b.world.size, b.s.hidden, device=b.device, dtype=torch.uint8)
+    sums = torch.zeros(b.s.prefill[0], b.s.hidden, device=b.device)
+    rows = torch.zeros(b.s.prefill[0] // b.world.size, b.s.hidden, device=b.device, dtype=torch.uint8)
     layer = {
         "reduce-scatter of a layer's fp32 sums": lambda: b.world.tp.reduce_scatter(sums),
         "all-gather of its fp8 rows": lambda: b.world.tp.all_gather(rows),
@@ -86,7 +86,8 @@ def main() -> None:
             b.keep("conformance", parallel_checks.layers(world, b.say))
         attention, mlp = Attention(b.s, b.device, NUMERICS), Mlp(b.s, b.device, NUMERICS)
         measured = decode(b, attention, mlp, direct) if "decode" in wanted else []
-        measured += prefill(b, attention, mlp, direct) if "prefill" in wanted else []
+        for t in b.s.prefill if "prefill" in wanted else ():
+            measured += prefill(b, attention, mlp, direct, t)
         project(b, measured, link, measured_direct)
         if "wire" in wanted and b.left() > 10:
             wire(b, mlp)

@@ -38,7 +38,7 @@ def join(b: Bench) -> DirectGroup | None:
 
 def parts(b: Bench, group: DirectGroup) -> Direct:
     """Microseconds of a small sum by size; of a barrier, a copy to the next rank, the addition of what arrived."""
-    s, memory, share = b.s, group._memory, b.s.prefill // b.world.size
+    s, memory, share = b.s, group._memory, b.s.prefill[0] // b.world.size
     sums = {f"{rows}": torch.randn(rows, s.hidden, device=b.device) for rows in (1, 4, 16, 64, 128)}
     found = b.us(
         {rows: lambda x=x: group.sum(x, torch.bfloat16) for rows, x in sums.items()},

@@ -41,12 +41,12 @@ class Sizes:
     experts: int
     top_k: int
     expert_inner: int
-    prefill: int
+    prefill: tuple[int, ...]
     decode: tuple[int, ...]
 
 
-DEEPSEEK = Sizes(7168, 18432, 128, 128, 64, 128, 1536, 512, 256, 8, 2048, 4096, (1, 16, 64))
-TINY = Sizes(256, 512, 4, 128, 64, 128, 256, 128, 8, 2, 128, 64, (1, 4))
+DEEPSEEK = Sizes(7168, 18432, 128, 128, 64, 128, 1536, 512, 256, 8, 2048, (4096, 8192), (1, 16, 64))
+TINY = Sizes(256, 512, 4, 128, 64, 128, 256, 128, 8, 2, 128, (64,), (1, 4))
 
 
 def random_weight(shape: tuple[int, ...], device: torch.device, seed: int, fmt: str = "fp8_128x128") -> BlockScaled:
@@ -133,13 +133,12 @@ class SpreadAttention:
     def __call__(self, x: Tensor, inner: Tensor) -> Tensor:
         """x: this rank's tokens, or all. inner: `[T, heads here * value]`."""
         q = self.latent["q_a"](x)
-        if self.q_b.rows_of_x:
-            sent = self.q_b.start_gather(q)  # travels while kv_a is multiplied
         kv = self.latent["kv_a"](x)[:, : self.s.kv_rank].contiguous()
-        if self.q_b.rows_of_x:
-            also = self.kv_b.start_gather(kv)
-            self.q_b.finish_gather(sent, x.dtype)
-            self.kv_b.finish_gather(also, x.dtype)
+        if self.q_b.rows_of_x:  # both latents travel together
+            parts = [self.q_b.rows_to_send(q), self.kv_b.rows_to_send(kv)]
+            rows = self.q_b.group.start_gather(parts[0] + parts[1]).whole()
+            self.q_b.multiply_sent(rows[: len(parts[0])], x.dtype)
+            self.kv_b.multiply_sent(rows[len(parts[0]) :], x.dtype)
         else:
             self.q_b(q)
             self.kv_b(kv)

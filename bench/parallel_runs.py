@@ -48,9 +48,9 @@ def decode(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None) -> li
     return layers
 
 
-def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None) -> list[Layer]:
+def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None, t: int) -> list[Layer]:
     """Tokens on both ranks between the layers (FP8 gathered, sums scattered), and all tokens everywhere."""
-    w, s, t = b.world, b.s, b.s.prefill
+    w, s = b.world, b.s
     x, inner = tokens(t, s.hidden, b.device), tokens(t, s.heads * s.value, b.device, 1)
     mine = x.view(w.size, -1, s.hidden)[w.rank].contiguous()
     alone, half = mlp.tokens_everywhere(w.rank, w.size, SOLO), attention.spread(w, SOLO, tokens_split=True)
@@ -83,7 +83,7 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None) -> l
         calls[f"attention split, {name}"] = lambda layer=split: layer(mine, part)
         calls[f"attention everywhere, {name}"] = lambda layer=whole: layer(x, part)
     found = b.us({name: call for name, call in calls.items() if "backend" not in name}, repeat=2)
-    b.say("prefill parts us:", {k: round(v) for k, v in found.items()})
+    b.say(f"prefill {t} parts us:", {k: round(v) for k, v in found.items()})
     found |= b.us({name: call for name, call in calls.items() if "backend" in name}, repeat=2)
     b.say("prefill parts us:", {k: round(v) for k, v in found.items() if "backend" in k})
     rows: dict[str, object] = {"tokens": t, "parts_us": found}
@@ -100,8 +100,8 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None) -> l
                 "together": one / sum(parts),
             }
             rows[f"{how}, {name}"] = speedups
-            b.say(f"prefill {how}, {name}: speedup", show(speedups))
-    b.keep("prefill", rows)
+            b.say(f"prefill {t} {how}, {name}: speedup", show(speedups))
+    b.keep(f"prefill {t}", rows)
     halved = (found["mlp one"] + found["attention one"], found["mlp compute"] + found["attention compute"])
     return [Layer(f"prefill T={t}", *halved, (4.0 * t * s.hidden,) * 2)]
 
@@ -112,7 +112,7 @@ def wire(b: Bench, mlp: Mlp) -> None:
     rows = {}
     first, _ = mlp.layers(w.rank, w.size, w.tp, split=True)
     plain, _ = mlp.layers(w.rank, w.size, w.tp, split=False)
-    for t in (s.prefill // 8, s.prefill):
+    for t in (s.prefill[0] // 8, s.prefill[0]):
         mine = tokens(t // w.size, s.hidden, b.device)
         found = b.us(
             {
@@ -136,7 +136,7 @@ def experts(b: Bench, direct: Group | None) -> None:
     if direct is not None:
         spread["reduce, direct"] = moe.spread(w.rank, w.size, direct, "reduce")
     b.keep("experts conformance", parallel_checks.experts(w, moe, spread, b.say))
-    for t in (*s.decode, s.prefill):
+    for t in (*s.decode, s.prefill[0]):
         if b.left() < 10:
             b.say(f"experts T={t}: left out, no time")
             break

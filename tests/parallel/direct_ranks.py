@@ -13,7 +13,7 @@ from rank_checks import tokens, weight
 
 from blockscale import reference
 from blockscale.numerics import get_numerics
-from blockscale.parallel import ColumnParallelLinear, Group, ParallelMLP, RowParallelLinear, direct, piece, take
+from blockscale.parallel import ColumnParallelLinear, Group, ParallelMLP, RowParallelLinear, direct, piece, take, turns
 from blockscale.parallel.cuts import cut, shares
 
 
@@ -125,6 +125,11 @@ def main():
         rows_in_turns(group, rank, size)
         group._slot = 1 << 14
         mlp(group, rank, size)
+        turns.TILE, group._processors = (1, 64), 5  # own rows join the region before
+        owners = shares(4 * size, size)
+        assert turns.regions(owners, rank, 256, 5) != turns.regions(owners, rank, 256, 0)
+        mlp(group, rank, size)
+        rows_in_turns(group, rank, size)
     print(f"rank {rank} done")
     dist.destroy_process_group()
 

@@ -91,6 +91,10 @@ class Group:
         """
         raise NotImplementedError
 
+    def regions(self, rows: int, width: int, sums: torch.dtype, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """Ranges of rows in the order in which `sum_in_turns` works on them: it multiplies each, or parts of it."""
+        raise NotImplementedError
+
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""
         return self.wait(self.start_reduce_scatter(x))
@@ -114,8 +118,8 @@ class Group:
         """What was started, as `dtype`."""
         return _as(self.wait(x), dtype)
 
-    def start_gather(self, parts: list[Tensor], *, own: bool = True) -> Arriving:
-        """Send rows to all ranks. own: whether this rank's are wanted among the `whole` ones."""
+    def start_gather(self, parts: list[Tensor]) -> Arriving:
+        """Send rows to all ranks."""
         return _Gathered(self, parts)
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:

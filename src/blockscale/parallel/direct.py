@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import platform
 from ..errors import BlockscaleError
+from . import turns
 from .collectives import Arriving, Group
 from .cuts import Range, shares
 from .memory import SharedMemory
@@ -42,7 +44,7 @@ class DirectGroup(Group):
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, *, room: int = 1 << 27, memory: Any = SharedMemory
+        self, group: dist.ProcessGroup, device: torch.device, *, room: int = 1 << 28, memory: Any = SharedMemory
     ) -> None:
         super().__init__(group)
         if not 2 <= self.size <= MOST:
@@ -57,7 +59,7 @@ class DirectGroup(Group):
         self._gathers, self._gather_room, self._next = self._done + self._slot, room // 2, 0
         self._memory = memory(group, device, self._gathers + self._gather_room)
         self._counters = peer_sum.counters(SMALL, device)
-        self._order = [(self.rank + step) % self.size for step in range(1, self.size + 1)]
+        self._processors = int(platform.detect(device).value("sms") or 0)
         self._try(device)
 
     def _try(self, device: torch.device) -> None:
@@ -90,72 +92,85 @@ class DirectGroup(Group):
         self, multiply: Callable[[int, int], Tensor], rows: int, width: int, sums: torch.dtype, dtype: torch.dtype, *,
         bias: Tensor | None = None, scatter: bool = False,
     ) -> Tensor:  # fmt: skip
-        memory, owners = self._memory, shares(rows, self.size)
-        begin, end = owners[self.rank]
+        memory, (begin, end) = self._memory, shares(rows, self.size)[self.rank]
         y = torch.empty(end - begin if scatter else rows, width, dtype=dtype, device=memory.addresses.device)
-        own = 0 if scatter else begin
-        most = max(1, self._slot // (width * max(sums.itemsize, dtype.itemsize)))
-        fits = -(-owners[0][1] // -(-owners[0][1] // most))  # rounds alike
-        for start in range(0, owners[0][1], fits):
-            now = [(min(b + start, e), min(b + start + fits, e)) for b, e in owners]
-            mine = now[self.rank][1] - now[self.rank][0]
-            part = self._send_parts(multiply, now, width, sums)
-            keep = y[own + start : own + start + mine]
-            again = None if scatter else memory.view(self.rank, self._done, (mine, width), dtype)
-            if mine:
-                slots = memory.view(self.rank, self._slots, (self.size * self._slot // sums.itemsize,), sums)
+        apart = self._slot // sums.itemsize
+        for now in self._rounds(rows, width, max(sums.itemsize, dtype.itemsize)):
+            first, last = now[self.rank]
+            kept = y[first - begin : last - begin] if scatter else y[first:last]
+            for at, part in self._send_parts(multiply, now, width, sums):
+                row = at - first
+                own = kept[row : row + part.shape[0]]
+                again = memory.view(self.rank, self._done + row * width * dtype.itemsize, own.shape, dtype)
+                skipped = row * width
+                slots = memory.view(
+                    self.rank, self._slots + skipped * sums.itemsize, (self.size * apart - skipped,), sums
+                )
                 self._kernels.add_arrived(
-                    part, slots, keep, again, bias, self.rank, self.size, self._slot // sums.itemsize
+                    part, slots, own, None if scatter else again, bias, self.rank, self.size, apart
                 )
             if not scatter:
                 memory.barrier()
-                for rank in self._order[:-1]:
+                for rank in range(self.size):
                     b, e = now[rank]
-                    y[b:e].copy_(memory.view(rank, self._done, (e - b, width), dtype))
+                    if rank != self.rank and e > b:
+                        y[b:e].copy_(memory.view(rank, self._done, (e - b, width), dtype))
         return y
 
+    def _rounds(self, rows: int, width: int, itemsize: int) -> list[tuple[Range, ...]]:
+        return turns.rounds(shares(rows, self.size), max(1, self._slot // (width * itemsize)))
+
+    def regions(self, rows: int, width: int, sums: torch.dtype, dtype: torch.dtype) -> list[Range]:
+        owners = shares(rows, self.size)
+        one_round = len(self._rounds(rows, width, max(sums.itemsize, dtype.itemsize))) == 1
+        return turns.regions(owners, self.rank, width, self._processors if one_round else 0)
+
     def _send_parts(
-        self, multiply: Callable[[int, int], Tensor], now: list[Range], width: int, sums: torch.dtype
-    ) -> Tensor:
-        """Everybody's rows multiplied, those of others sent; this rank's own come last and are returned."""
-        memory, sent = self._memory, []
+        self, multiply: Callable[[int, int], Tensor], now: tuple[Range, ...], width: int, sums: torch.dtype
+    ) -> list[tuple[int, Tensor]]:
+        """Everybody's rows multiplied and those of others sent; this rank's own: (first row, addends)."""
+        memory, sent, mine = self._memory, list[Tensor](), list[tuple[int, Tensor]]()
         memory.barrier()  # nobody reads what lay in the slots any more
-        for rank in self._order:
-            b, e = now[rank]
-            part = multiply(b, e)
-            if rank != self.rank and e > b:
-                sent.append(part)
+        for begin, end in turns.regions(now, self.rank, width, self._processors):
+            part = multiply(begin, end)
+            sent.append(part)
+            for rank, (b, e) in enumerate(now):
+                low, high = max(b, begin), min(e, end)
+                if low >= high:
+                    continue
+                rows = part[low - begin : high - begin]
+                if rank == self.rank:
+                    mine.append((low, rows))
+                    continue
+                place = self._slots + self.rank * self._slot + (low - b) * width * sums.itemsize
                 with memory.beside():
-                    memory.view(rank, self._slots + self.rank * self._slot, (e - b, width), sums).copy_(part)
+                    memory.view(rank, place, rows.shape, sums).copy_(rows)
         memory.join()
         memory.barrier()
-        return part
+        return mine
 
-    def start_gather(self, parts: list[Tensor], *, own: bool = True) -> Arriving:
+    def start_gather(self, parts: list[Tensor]) -> Arriving:
         sizes = [-(-self.size * part.numel() * part.element_size() // _ALIGNED) * _ALIGNED for part in parts]
         if sum(sizes) > self._gather_room // 2 or torch.compiler.is_compiling():
-            return super().start_gather(parts, own=own)
+            return super().start_gather(parts)
         if self._next + sum(sizes) > self._gather_room:
             self._next = 0
         offsets = [self._gathers + self._next + sum(sizes[:i]) for i in range(len(sizes))]
         self._next += sum(sizes)
-        return _Pushed(self, self._memory, parts, offsets, own)
+        return _Pushed(self, self._memory, parts, offsets)
 
 
 class _Pushed(Arriving):
     """Rows on their way into everybody's shared memory, where they stay until half the room is used again."""
 
-    def __init__(
-        self, group: DirectGroup, memory: SharedMemory, parts: list[Tensor], offsets: list[int], own: bool
-    ) -> None:
+    def __init__(self, group: DirectGroup, memory: SharedMemory, parts: list[Tensor], offsets: list[int]) -> None:
         self._group, self._memory, self._parts, self._offsets = group, memory, parts, offsets
-        self._own, self._arrived = own, False
+        self._arrived = False
         memory.barrier()
         with memory.beside():
             for rank in range(group.size):
                 for part, offset in zip(parts, offsets, strict=True):
-                    if rank != group.rank or own:
-                        memory.view(rank, offset + group.rank * _bytes(part), part.shape, part.dtype).copy_(part)
+                    memory.view(rank, offset + group.rank * _bytes(part), part.shape, part.dtype).copy_(part)
 
     def of(self, rank: int) -> list[Tensor]:
         if rank == self._group.rank:
@@ -167,7 +182,6 @@ class _Pushed(Arriving):
         ]
 
     def whole(self) -> list[Tensor]:
-        assert self._own, "this rank's rows were not sent to itself"
         self._wait()
         return [
             self._memory.view(self._group.rank, offset, (self._group.size * part.shape[0], *part.shape[1:]), part.dtype)

@@ -70,28 +70,32 @@ class ColumnParallelLinear(Linear):
     def _gathered_rows(self, x: Tensor) -> Tensor:
         return self.finish_gather(self.start_gather(x), x.dtype)
 
-    def start_gather(self, x: Tensor, *, own: bool = True) -> Arriving:
+    def start_gather(self, x: Tensor) -> Arriving:
         """Send this rank's rows to the others, as `wire` says; `finish_gather` waits and multiplies."""
+        return self.group.start_gather(self.rows_to_send(x))
+
+    def rows_to_send(self, x: Tensor) -> list[Tensor]:
+        """x as it travels: itself, or quantized data and scales. Of several layers, they may travel together."""
         fmt = self.wire.format
         if fmt is None:
-            return self.group.start_gather([x], own=own)
+            return [x]
         q = ops.quantize(
             x, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.numerics.act_floor, kernel=family(self.kernel)
         )
-        return self.send_quantized(q, own=own)
+        return [q.data, q.scale]
 
-    def send_quantized(self, q: BlockScaled, *, own: bool = True) -> Arriving:
+    def send_quantized(self, q: BlockScaled) -> Arriving:
         """The same for rows in the wire's format (`ops.rmsnorm_quantize` makes them without a step between)."""
         if q.format != self.wire.format:
             raise ShapeError(f"ColumnParallelLinear: x travels as {self.wire.format}, got {q.format}")
-        return self.group.start_gather([q.data, q.scale], own=own)
+        return self.group.start_gather([q.data, q.scale])
 
     def finish_gather(self, sent: Arriving, dtype: torch.dtype) -> Tensor:
         """Everybody's rows times this rank's part: `[rows, n]` in `dtype`."""
         return self.multiply_sent(sent.whole(), dtype)
 
-    def multiply_sent(self, rows: list[Tensor], dtype: torch.dtype, layout: str = "row") -> Tensor:
-        """The same for rows that are here, as `Arriving` gives them. layout: in which they were quantized."""
+    def multiply_sent(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The same for rows that are here, as `Arriving` gives them."""
         fmt = self.wire.format
         if fmt is None:
             return super().forward(rows[0])
@@ -99,7 +103,7 @@ class ColumnParallelLinear(Linear):
         out = dtype if self.bias is None else torch.float32
         y: Tensor = OPS.scaled_linear(
             rows[0], rows[1], buffers[names.data], buffers[names.scale], self.out_features, self.in_features,
-            self.format.name, self.layout, fmt.name, layout, out, family(self.kernel) or "",
+            self.format.name, self.layout, fmt.name, "row", out, family(self.kernel) or "",
         )  # fmt: skip
         return y if self.bias is None else (y + self.bias.float()).to(dtype)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -52,35 +50,35 @@ class ParallelMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _in_turns(self, x: Tensor, rows: int) -> Tensor:
-        group, down, wire, here = self.down.group, self.down, self.gate_up.wire.format, x.shape[0]
-        sends = "row" if wire is None else reads(self.gate_up, wire, here, x.dtype)
-        keeps = reads(down, self._act, here, down.numerics.sum_dtype)
-        sent = self._send(x, own=False, layout=sends)
-        hidden = {group.rank: self._hidden(sent.of(group.rank), x.dtype, sends, keeps)}
-        hidden |= {r: self._hidden(sent.of(r), x.dtype, sends, keeps) for r in range(group.size) if r != group.rank}
+        group, down, here = self.down.group, self.down, x.shape[0]
+        layout = reads(down, self._act, here, down.numerics.sum_dtype)
+        sent, start = self._send(x), group.rank * here
+        hidden: dict[tuple[int, int], BlockScaled] = {}
+        for b, e in reversed(group.regions(rows, down.out_features, down.numerics.sum_dtype, x.dtype)):
+            mine = start <= b and e <= start + here  # these need not have arrived
+            part = [t[b - start : e - start] for t in sent.of(group.rank)] if mine else [t[b:e] for t in sent.whole()]
+            hidden[b, e] = self._hidden(part, x.dtype, layout)
 
         def multiply(begin: int, end: int) -> Tensor:
-            rank, first = divmod(begin, here)
-            return down.multiply_quantized(rows_of(hidden[rank], first, first + end - begin))
+            b, e = next((b, e) for b, e in hidden if b <= begin and end <= e)
+            return down.multiply_quantized(rows_of(hidden[b, e], begin - b, end - b))
 
         return down.sum_over_ranks(multiply, rows, x.dtype)
 
-    def _send(self, x: Tensor, *, own: bool = True, layout: str = "row") -> Arriving:
+    def _send(self, x: Tensor) -> Arriving:
         fmt = self.gate_up.wire.format
-        if fmt is None:
-            assert self.norm is None, "norm: needs activations that travel quantized"
-            return self.gate_up.start_gather(x, own=own)
-        floor, kernel = self.gate_up.numerics.act_floor, family(self.gate_up.kernel)
-        how: Any = {"scale_rounding": fmt.scale_rounding, "floor": floor, "layout": layout, "kernel": kernel}
         if self.norm is None:
-            q = ops.quantize(x, fmt.name, **how)
-        else:
-            q = ops.rmsnorm_quantize(x, *self.norm, fmt.name, **how)
-        return self.gate_up.send_quantized(q, own=own)
+            return self.gate_up.start_gather(x)
+        assert fmt is not None, "norm: needs activations that travel quantized"
+        q = ops.rmsnorm_quantize(
+            x, *self.norm, fmt.name, scale_rounding=fmt.scale_rounding, floor=self.gate_up.numerics.act_floor,
+            kernel=family(self.gate_up.kernel),
+        )  # fmt: skip
+        return self.gate_up.send_quantized(q)
 
-    def _hidden(self, rows: list[Tensor], dtype: torch.dtype, came: str = "row", layout: str = "row") -> BlockScaled:
+    def _hidden(self, rows: list[Tensor], dtype: torch.dtype, layout: str = "row") -> BlockScaled:
         return ops.swiglu_quantize(
-            self.gate_up.multiply_sent(rows, dtype, came), self._act.name, scale_rounding=self._act.scale_rounding,
+            self.gate_up.multiply_sent(rows, dtype), self._act.name, scale_rounding=self._act.scale_rounding,
             floor=self.down.numerics.act_floor, layout=layout,
         )  # fmt: skip
 
