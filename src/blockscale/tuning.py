@@ -19,8 +19,6 @@ decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activatio
 
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
-FEW_M = 16
-"""Up to here, on Hopper, the weights' way from memory is all that counts."""
 _CACHED = 16 << 20
 """Elements of 16 bits that an L2 cache of 40 MB and more keeps beside x."""
 
@@ -100,7 +98,7 @@ _TIMED = (
     _Timed(GemmTile(128, 64, 128, 4, 4, "two programs", programs=2), 2, 200, (3.5, 2.9)),
     _Timed(GemmTile(128, 64, 128, 4, 3, "three programs", programs=3), 3, 34, (3.64, 3.0)),
     _Timed(GemmTile(128, 128, 128, 4, 3, "halves", group_m=16, halves=2), 2, 350, (4.47, 4.47)),
-    _Timed(GemmTile(128, 128, 128, 4, 3, "rescaled", rescaled=True), 2, 87, (0.0, 5.0)),
+    _Timed(GemmTile(128, 128, 128, 4, 3, "rescaled", rescaled=True, programs=2), 2, 87, (0.0, 5.0)),
 )
 
 # (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
@@ -109,7 +107,8 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "tma16"): (128, 64, 64, 4, 4),
     ("sm_90", "native"): (128, 128, 128, 8, 3),
     ("sm_90", "decoded"): (128, 128, 128, 8, 3),
-    ("sm_90", "weight_only"): (128, 128, 64, 8, 3),
+    ("sm_90", "codec"): (64, 128, 128, 4, 3),
+    ("sm_90", "weight_only"): (64, 128, 128, 4, 3),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
@@ -123,6 +122,7 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("cpu", "*"): (32, 32, 64, 4, 1),  # Triton's interpreter
     ("*", "native"): (128, 128, 128, 8, 2),
     ("*", "codec"): (64, 128, 128, 4, 3),
+    ("*", "weight_only"): (64, 128, 128, 4, 3),
     ("*", "*"): (128, 128, 64, 8, 2),
 }
 # (family, path) -> bn, bk, warps, stages, swap for up to SMALL_M rows; bm is M rounded up.
@@ -163,10 +163,14 @@ def multiprocessors(platform: Platform) -> int:
     return int(said) if said else _SMS.get(platform.arch, 64)
 
 
-def by_pointers(m: int, platform: Platform) -> bool:
-    """Whether so few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
-    descriptor fetched first and no padding to 16 rows. Source: one H100, M = 1 and 16: 1-9% faster in nine of ten."""
-    return family(platform) == "sm_90" and m <= FEW_M
+def by_pointers(m: int, n: int, platform: Platform) -> bool:
+    """Whether few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
+    descriptor fetched first and no padding to 16 rows.
+
+    Source: one H100, N and K of DeepSeek-V3's linears. M = 1 and 16: 1-9% faster in nine of ten; M = 32 and 64, where
+    64 weight rows a multiprocessor are all of them: 1-7%.
+    """
+    return family(platform) == "sm_90" and (m <= 16 or (m <= SMALL_M and n <= 64 * multiprocessors(platform)))
 
 
 def decoded_rows(m: int, n: int, k: int, block_rows: int, platform: Platform) -> int:
@@ -201,9 +205,15 @@ def gemm_tile(
         return replace(best, bk=bk, entry=f"{tile.entry}, {best.entry}")
     if m <= 128 and not invariant:  # half the rows: twice the programs
         warps = tile.warps if platform.kind == "xpu" else min(tile.warps, 4)  # Intel's spill with fewer
-        bn = 64 if path == "codec" and platform.capability >= 80 else tile.bn
+        bn = 64 if path in ("codec", "weight_only") and platform.capability >= 80 else tile.bn
         tile = replace(tile, bm=min(tile.bm, 64), bn=bn, warps=warps, entry=tile.entry + ", M <= 128")
-    return _fit(tile, k, span)
+    elif m <= 256 and not invariant and key in (("sm_90", "codec"), ("sm_90", "weight_only")):
+        tile = replace(tile, bm=128, bn=64, entry=tile.entry + ", M <= 256")
+    tile = _fit(tile, k, span)
+    if m <= 256 and not invariant and path in ("codec", "weight_only") and platform.capability >= 80:
+        tiles = -(-m // tile.bm) * -(-n // tile.bn)
+        tile = replace(tile, split=_split(tiles, -(-k // tile.bk), multiprocessors(platform)))
+    return tile
 
 
 def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
@@ -215,7 +225,7 @@ def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform
     tile = _fit(tile, k, span)
     if path == "tma" and n > 2 * tile.bn * multiprocessors(platform):
         tile = replace(tile, bn=2 * tile.bn, stages=4, entry=f"{tile.entry}, wide")
-    few = path == "native" and by_pointers(m, platform) and tile.bk >= 128
+    few = path == "native" and by_pointers(m, n, platform) and tile.bk >= 128
     if m <= 8 and (few or path in ("codec", "weight_only")) and platform.capability >= 80 and tile.bk >= 128:
         tile = replace(tile, bm=8, swap=True, entry=f"{tile.entry}, M <= 8")  # the instruction's other side is 8 wide
     tiles, steps, sms = -(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)
@@ -229,7 +239,7 @@ def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform
 
 def _few(tile: GemmTile, m: int, tiles: int, steps: int, sms: int) -> GemmTile:
     """Slices of K and stages for FP8 by pointers: deep pipelines where a multiprocessor has one program, which it has
-    from half of them on, or from 9 rows on, whose partial sums cost more.
+    where tiles occupy half of them, or from 9 rows on, whose partial sums cost more.
 
     Fitted on one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 2% of the best of 10-24 tiles.
     """
@@ -237,7 +247,8 @@ def _few(tile: GemmTile, m: int, tiles: int, steps: int, sms: int) -> GemmTile:
     if m > 8 and split > 1 and tiles * split > sms:
         split //= 2
     alone = tiles * split <= sms
-    return replace(tile, split=split, stages=7 if alone else 4, entry=tile.entry + (", alone" if alone else ""))
+    deep = 6 if m > 16 else 8 if steps >= 32 * split else 7
+    return replace(tile, split=split, stages=deep if alone else 4, entry=tile.entry + (", alone" if alone else ""))
 
 
 def _split(tiles: int, steps: int, sms: int) -> int:
