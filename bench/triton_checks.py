@@ -195,6 +195,10 @@ def check_repeat() -> Iterator[str]:
         ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p) for _ in range(10)]
         if any(same(ys[0], y) for y in ys):
             yield f"M={m}: two runs differ"
+    for m in (128, 256):
+        ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p, native=False) for _ in range(10)]
+        if any(same(ys[0], y) for y in ys):
+            yield f"codec, M={m}: two runs differ"
     ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p, invariant=True)[:1] for m in (1, 2, 17, 64, 65, 300)]
     if any(same(ys[0], y) for y in ys):
         yield "invariant: a row's bytes depend on M"
