@@ -13,9 +13,10 @@ from typing import Literal
 
 from .platform import Platform
 
-GemmPath = Literal["tma", "tma16", "native", "codec", "decoded", "weight_only"]
+GemmPath = Literal["tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold"]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
-decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop."""
+decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop.
+"fold": scales of short groups are multiplied into an operand there, which needs registers."""
 
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
@@ -109,6 +110,8 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "decoded"): (128, 128, 128, 8, 3),
     ("sm_90", "codec"): (64, 128, 128, 4, 3),
     ("sm_90", "weight_only"): (64, 128, 128, 4, 3),
+    ("sm_90", "codec_fold"): (128, 128, 128, 8, 3),
+    ("sm_90", "weight_only_fold"): (128, 128, 64, 8, 3),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
@@ -122,6 +125,7 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("cpu", "*"): (32, 32, 64, 4, 1),  # Triton's interpreter
     ("*", "native"): (128, 128, 128, 8, 2),
     ("*", "codec"): (64, 128, 128, 4, 3),
+    ("*", "codec_fold"): (128, 128, 32, 8, 3),
     ("*", "weight_only"): (64, 128, 128, 4, 3),
     ("*", "*"): (128, 128, 64, 8, 2),
 }
@@ -193,7 +197,7 @@ def gemm_tile(
     invariant: one config for every m, so that a row's result has the same bytes whatever batch it is in.
     """
     if m <= SMALL_M and not invariant:
-        return _small(path, m, n, k, span, platform)
+        return _small(path.removesuffix("_fold"), m, n, k, span, platform)
     name = family(platform)
     key, (bm, bn, bk, warps, stages) = _find(_LARGE, name, path)
     tile = GemmTile(
@@ -216,7 +220,7 @@ def gemm_tile(
     return tile
 
 
-def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
+def _small(path: str, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
     name = family(platform)
     key, (bn, bk, warps, stages, swap) = _find(_SMALL, name, path)
     bm = max(_pow2(m), 16)

@@ -22,6 +22,7 @@ from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
 from .operands import Reading, operand, quantize_activations, reading, scale_args
 from .quantize import on_device
+from .tma_kernels import tma_kernel
 
 _TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
@@ -74,7 +75,7 @@ def matmul(
     (m, k), n = x.shape, w.shape[-2]
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
     tma = _takes_tma(x, w, how, platform) and (invariant or not by_pointers(m, n, platform))
-    path = _TMA_PATHS[how.path] if tma else how.path
+    path = _TMA_PATHS[how.path] if tma else how.tile_path
     x_data = operand(x, how.constants["X_KIND"], how)
     y = x_data.new_empty((m, n), dtype=out_dtype)
     rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path == "decoded" else max(n, 1)
@@ -129,7 +130,7 @@ def _multiply(
             halves = 2 if tile.rescaled else tile.halves
             programs = multiprocessors(platform) * tile.programs
             persistent = 0 < programs < tiles and tile.split == 1
-            kernels.tma_kernel[(programs if persistent else tiles, tile.split)](
+            tma_kernel[(programs if persistent else tiles, tile.split)](
                 _blocks(x_data, tile.bm, tile.bk) if tile.rescaled else None,
                 _blocks(x_data, tile.bm // halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
                 part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
