@@ -120,6 +120,7 @@ def reach(records: dict[str, dict[str, Any]]) -> list[str]:
         (*ratio("deep_gemm", "native", (1, 16)), ">= 1.1"), (*ratio("deep_gemm", "native", (4096,)), ">= 0.70"),
         (*ratio("bf16", "codec", (1, 16)), ">= 1.5"), (*ratio("bf16", "codec", (4096,)), "near 0.8"),
         (*ratio("bf16", "codec sm_80", (1, 16)), ""), (*ratio("bf16", "codec sm_80", (4096,)), ""),
+        (*ratio("fp16 sm_80", "codec sm_80", (4096,)), ""), (*ratio("fp16 sm_80 wide", "codec sm_80", (4096,)), ""),
         (*ratio("bf16", "weight_only", (1, 16)), ""),
     ]  # fmt: skip
     return [f"{name}: {value:.3f} (wanted {want or '-'})" for name, value, want in figures if value == value]

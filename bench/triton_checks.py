@@ -195,6 +195,10 @@ def check_repeat() -> Iterator[str]:
         ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p) for _ in range(10)]
         if any(same(ys[0], y) for y in ys):
             yield f"M={m}: two runs differ"
+    for m in (128, 256):
+        ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p, native=False) for _ in range(10)]
+        if any(same(ys[0], y) for y in ys):
+            yield f"codec, M={m}: two runs differ"
     ys = [gemm.linear(x[:m], w, None, numerics, torch.bfloat16, p, invariant=True)[:1] for m in (1, 2, 17, 64, 65, 300)]
     if any(same(ys[0], y) for y in ys):
         yield "invariant: a row's bytes depend on M"
@@ -210,15 +214,15 @@ def check_rescaled() -> Iterator[str]:
     xq = q.quantize(torch.randn(600, k, device="cuda"), get_format("fp8_1x128"), p, layout="tma")
     tile = GemmTile(128, 128, 64, 4, 3, "check", rescaled=True)
     for name in ("plain", "random scales", "zeros", "2^90 apart", "tiny"):
-        scale = xq.scale.clone()
+        scale = xq.scale.clone()  # [groups, rows]
         if name == "random scales":
             scale *= torch.exp2(torch.randint(-30, 30, scale.shape, device="cuda").float())
         elif name == "zeros":
-            scale[::7, ::3] = 0
+            scale[::3, ::7] = 0
         elif name == "2^90 apart":
-            scale[5::50, 4:] *= 2.0**90
+            scale[4:, 5::50] *= 2.0**90
         elif name == "tiny":
-            scale[130] *= 2.0**-100
+            scale[:, 130] *= 2.0**-100
         x = replace(xq, scale=scale)
         held = replace(x, data=x.data.to(torch.float16))
         want = reference.dequantize(x).double() @ reference.dequantize(w).double().T
@@ -228,7 +232,7 @@ def check_rescaled() -> Iterator[str]:
             error = (y - want[:, :columns]).norm(dim=1) / want[:, :columns].norm(dim=1).clamp(min=1e-300)
             if not float(error.max()) < 2e-6:
                 yield f"{name}: worst row error {float(error.max()):.2g} with {columns} columns"
-    xq.scale[17, 3] = torch.nan
+    xq.scale[3, 17] = torch.nan
     y = gemm.matmul(replace(xq, data=xq.data.to(torch.float16)), w, p, native=False, tile=tile)
     if not y[17].isnan().all() or not torch.isfinite(y[torch.arange(600, device="cuda") != 17]).all():
         yield "NaN scale: not exactly its row is NaN"

@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from blockscale import reference
 from blockscale.formats import get_format
-from blockscale.kernels.triton import capability, gemm, grouped
+from blockscale.kernels.triton import capability, gemm, gemm_kernels, grouped
 from blockscale.kernels.triton import quantize as q
 from blockscale.platform import Platform, detect
 from blockscale.tensor import BlockScaled
+from blockscale.tuning import GemmTile
 from triton_checks import empty_kernel
 
 L2_BYTES = 200 << 20
@@ -87,8 +89,33 @@ def row_error(x: BlockScaled | torch.Tensor, w: BlockScaled) -> Callable[[Any], 
 
 
 def ampere(p: Platform) -> Platform:
-    """This chip taken for the generation before it: no FP8 and no block copies, the tiles that such a chip gets."""
+    """This chip taken for the generation before it: no FP8, no block copies, the tiles that such a chip gets, and
+    multiplications compiled for sm_80 (mma.sync and cp.async; the driver's assembler takes them to this chip)."""
     return replace(p, arch="sm_80")
+
+
+_options = capability.multiply_options
+capability.multiply_options = lambda p: {"arch": "sm80"} if p.arch == "sm_80" else _options(p)
+
+
+def without_scales(x: torch.Tensor, w: torch.Tensor, tile: GemmTile) -> torch.Tensor:
+    """fp16 `[M, K]` times `[N, K]`, compiled for sm_80 from the same kernel: what its tiles reach where nothing is to
+    decode and nothing to scale. K in whole steps."""
+    (m, k), n = x.shape, w.shape[0]
+    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    constants = dict.fromkeys(("X_GROUP", "W_GROUP", "W_ROWS", "SPAN"), 0) | dict.fromkeys(
+        ("BIAS", "X_LEVEL", "W_LEVEL", "SWAP"), False
+    )
+    gemm_kernels.gemm_kernel[(-(-m // tile.bm) * -(-n // tile.bn), 1)](
+        x, w, y, *[None] * 7, m, n, k, k, k, n, 0, 0, 0, 0, X_KIND="value", W_KIND="value", X_SCALE="none",
+        W_SCALE="none", SX_KIND="float", SW_KIND="float", COMPUTE=tl.float16, LIFT=1.0, EVEN_K=True, BM=tile.bm,
+        BN=tile.bn, BK=tile.bk, SPLIT=1, GROUP_M=tile.group_m, STAGES=tile.stages, num_warps=tile.warps, arch="sm80",
+        **constants,
+    )  # fmt: skip
+    return y
+
+
+PLAIN = {"fp16 sm_80": GemmTile(128, 128, 64, 8, 3, "plain"), "fp16 sm_80 wide": GemmTile(128, 256, 32, 8, 4, "plain")}
 
 
 def gemm_groups(quick: bool, ms: tuple[int, ...] = (1, 16, 4096)) -> Iterator[Group]:
@@ -107,11 +134,12 @@ def gemm_groups(quick: bool, ms: tuple[int, ...] = (1, 16, 4096)) -> Iterator[Gr
                 "codec": lambda i, xs=held, ws=ws, t=tickets: gemm.matmul(xs[i], ws[i], p, tickets=t, native=False),
                 "bf16": lambda i, xb=xb, d=dense: torch.matmul(xb, d[i % len(d)].T),
             }
-            if m in (1, 16, 4096):
-                calls["codec sm_80"] = lambda i, xs=held, ws=ws, t=tickets: gemm.matmul(
-                    xs[i], ws[i], ampere(p), tickets=t
-                )
-            if m <= 64:
+            if m >= 512:
+                halves = [w.data.to(torch.float16) for w in ws[:2]]
+                for name, tile in PLAIN.items():
+                    calls[name] = lambda i, xs=held, ws=halves, t=tile: without_scales(xs[i % 2].data, ws[i % 2], t)
+            calls["codec sm_80"] = lambda i, xs=held, ws=ws, t=tickets: gemm.matmul(xs[i], ws[i], ampere(p), tickets=t)
+            if m <= 512:
                 calls["weight_only"] = lambda i, xb=xb, ws=ws, t=tickets: gemm.matmul(xb, ws[i], p, tickets=t)
             if peer:
                 out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
@@ -120,7 +148,7 @@ def gemm_groups(quick: bool, ms: tuple[int, ...] = (1, 16, 4096)) -> Iterator[Gr
                     peer.fp8_gemm_nt((xs[i].data, v[i]), (ws[i].data, ws[i].scale), o, disable_ue8m0_cast=True), o,
                 )[1]  # fmt: skip
             own = row_error(xs[0], ws[0])
-            by = {"bf16": lambda y: 0.0, "weight_only": row_error(xb, ws[0])}
+            by = {name: lambda y: 0.0 for name in ("bf16", *PLAIN)} | {"weight_only": row_error(xb, ws[0])}
             check = lambda name, y, own=own, by=by: by.get(name, own)(y)  # noqa: E731
             yield Group(f"gemm {m}x{n}x{k}", sets, calls, check)
 
@@ -182,5 +210,5 @@ def quantize_groups(quick: bool) -> Iterator[Group]:
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Group]]] = {
     "quantize": quantize_groups, "gemm": gemm_groups, "grouped": grouped_groups,
-    "middle": lambda quick: gemm_groups(quick, (64, 512)),
+    "middle": lambda quick: gemm_groups(quick, (64, 128, 256, 512)),
 }  # fmt: skip

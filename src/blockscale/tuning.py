@@ -14,15 +14,14 @@ from typing import Literal
 
 from .platform import Platform
 
-GemmPath = Literal["tma", "tma16", "native", "codec", "decoded", "weight_only"]
+GemmPath = Literal["tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold"]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
-decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop."""
+decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop.
+"fold": scales of short groups are multiplied into an operand there, which needs registers."""
 
 _REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64
 """Up to here one tile holds all rows, and K is split to occupy the chip."""
-FEW_M = 16
-"""Up to here, on Hopper, the weights' way from memory is all that counts."""
 _CACHED = 16 << 20
 """Elements of 16 bits that an L2 cache of 40 MB and more keeps beside x."""
 
@@ -103,7 +102,7 @@ _TIMED = (
     _Timed(GemmTile(128, 64, 128, 4, 4, "two programs", programs=2), 2, 200, (3.5, 2.9)),
     _Timed(GemmTile(128, 64, 128, 4, 3, "three programs", programs=3), 3, 34, (3.64, 3.0)),
     _Timed(GemmTile(128, 128, 128, 4, 3, "halves", group_m=16, halves=2), 2, 350, (4.47, 4.47)),
-    _Timed(GemmTile(128, 128, 128, 4, 3, "rescaled", rescaled=True), 2, 87, (0.0, 5.0)),
+    _Timed(GemmTile(128, 128, 128, 4, 3, "rescaled", rescaled=True, programs=2), 2, 87, (0.0, 5.0)),
 )
 
 # (family, path) -> bm, bn, bk, warps, stages for many rows. "*" serves families without a row of their own.
@@ -112,7 +111,10 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "tma16"): (128, 64, 64, 4, 4),
     ("sm_90", "native"): (128, 128, 128, 8, 3),
     ("sm_90", "decoded"): (128, 128, 128, 8, 3),
-    ("sm_90", "weight_only"): (128, 128, 64, 8, 3),
+    ("sm_90", "codec"): (64, 128, 128, 4, 3),
+    ("sm_90", "weight_only"): (64, 128, 128, 4, 3),
+    ("sm_90", "codec_fold"): (128, 128, 128, 8, 3),
+    ("sm_90", "weight_only_fold"): (128, 128, 64, 8, 3),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
@@ -126,6 +128,8 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("cpu", "*"): (32, 32, 64, 4, 1),  # Triton's interpreter
     ("*", "native"): (128, 128, 128, 8, 2),
     ("*", "codec"): (64, 128, 128, 4, 3),
+    ("*", "codec_fold"): (128, 128, 32, 8, 3),
+    ("*", "weight_only"): (64, 128, 128, 4, 3),
     ("*", "*"): (128, 128, 64, 8, 2),
 }
 # (family, path) -> bn, bk, warps, stages, swap for up to SMALL_M rows; bm is M rounded up.
@@ -166,10 +170,14 @@ def multiprocessors(platform: Platform) -> int:
     return int(said) if said else _SMS.get(platform.arch, 64)
 
 
-def by_pointers(m: int, platform: Platform) -> bool:
-    """Whether so few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
-    descriptor fetched first and no padding to 16 rows. Source: one H100, M = 1 and 16: 1-9% faster in nine of ten."""
-    return family(platform) == "sm_90" and m <= FEW_M
+def by_pointers(m: int, n: int, platform: Platform) -> bool:
+    """Whether few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
+    descriptor fetched first and no padding to 16 rows.
+
+    Source: one H100, N and K of DeepSeek-V3's linears. M = 1 and 16: 1-9% faster in nine of ten; M = 32 and 64, where
+    64 weight rows a multiprocessor are all of them: 1-7%.
+    """
+    return family(platform) == "sm_90" and (m <= 16 or (m <= SMALL_M and n <= 64 * multiprocessors(platform)))
 
 
 def decoded_rows(m: int, n: int, k: int, block_rows: int, platform: Platform) -> int:
@@ -193,7 +201,7 @@ def gemm_tile(
     invariant: one config for every m, so that a row's result has the same bytes whatever batch it is in.
     """
     if m <= SMALL_M and not invariant:
-        return _small(path, m, n, k, span, platform)
+        return _small(path.removesuffix("_fold"), m, n, k, span, platform)
     name = family(platform)
     key, (bm, bn, bk, warps, stages) = _find(_LARGE, name, path)
     tile = GemmTile(
@@ -205,12 +213,18 @@ def gemm_tile(
         return replace(best, bk=bk, entry=f"{tile.entry}, {best.entry}")
     if m <= 128 and not invariant:  # half the rows: twice the programs
         warps = tile.warps if platform.kind == "xpu" else min(tile.warps, 4)  # Intel's spill with fewer
-        bn = 64 if path == "codec" and platform.capability >= 80 else tile.bn
+        bn = 64 if path in ("codec", "weight_only") and platform.capability >= 80 else tile.bn
         tile = replace(tile, bm=min(tile.bm, 64), bn=bn, warps=warps, entry=tile.entry + ", M <= 128")
-    return _fit(tile, k, span)
+    elif m <= 256 and not invariant and key in (("sm_90", "codec"), ("sm_90", "weight_only")):
+        tile = replace(tile, bm=128, bn=64, entry=tile.entry + ", M <= 256")
+    tile = _fit(tile, k, span)
+    if m <= 256 and not invariant and path in ("codec", "weight_only") and platform.capability >= 80:
+        tiles = -(-m // tile.bm) * -(-n // tile.bn)
+        tile = replace(tile, split=_split(tiles, -(-k // tile.bk), multiprocessors(platform)))
+    return tile
 
 
-def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
+def _small(path: str, m: int, n: int, k: int, span: int, platform: Platform) -> GemmTile:
     name = family(platform)
     key, (bn, bk, warps, stages, swap) = _find(_SMALL, name, path)
     bm = max(_pow2(m), 16)
@@ -219,7 +233,7 @@ def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform
     tile = _fit(tile, k, span)
     if path == "tma" and n > 2 * tile.bn * multiprocessors(platform):
         tile = replace(tile, bn=2 * tile.bn, stages=4, entry=f"{tile.entry}, wide")
-    few = path == "native" and by_pointers(m, platform) and tile.bk >= 128
+    few = path == "native" and by_pointers(m, n, platform) and tile.bk >= 128
     if m <= 8 and (few or path in ("codec", "weight_only")) and platform.capability >= 80 and tile.bk >= 128:
         tile = replace(tile, bm=8, swap=True, entry=f"{tile.entry}, M <= 8")  # the instruction's other side is 8 wide
     tiles, steps, sms = -(-n // tile.bn), -(-k // tile.bk), multiprocessors(platform)
@@ -233,7 +247,7 @@ def _small(path: GemmPath, m: int, n: int, k: int, span: int, platform: Platform
 
 def _few(tile: GemmTile, m: int, tiles: int, steps: int, sms: int) -> GemmTile:
     """Slices of K and stages for FP8 by pointers: deep pipelines where a multiprocessor has one program, which it has
-    from half of them on, or from 9 rows on, whose partial sums cost more.
+    where tiles occupy half of them, or from 9 rows on, whose partial sums cost more.
 
     Fitted on one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 2% of the best of 10-24 tiles.
     """
@@ -241,7 +255,8 @@ def _few(tile: GemmTile, m: int, tiles: int, steps: int, sms: int) -> GemmTile:
     if m > 8 and split > 1 and tiles * split > sms:
         split //= 2
     alone = tiles * split <= sms
-    return replace(tile, split=split, stages=7 if alone else 4, entry=tile.entry + (", alone" if alone else ""))
+    deep = 6 if m > 16 else 8 if steps >= 32 * split else 7
+    return replace(tile, split=split, stages=deep if alone else 4, entry=tile.entry + (", alone" if alone else ""))
 
 
 def _split(tiles: int, steps: int, sms: int) -> int:

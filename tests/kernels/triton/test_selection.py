@@ -151,7 +151,10 @@ TILES = [
     ("cuda:sm_90+sms=132", "native", 1, 7168, 16384, (8, 64, 128, 1, True)),
     ("cuda:sm_90+sms=132", "native", 16, 2112, 7168, (16, 64, 128, 4, True)),
     ("cuda:sm_90+sms=132", "native", 16, 4096, 7168, (16, 64, 128, 2, True)),
-    ("cuda:sm_90+sms=132", "codec", 128, 4096, 7168, (64, 64, 128, 1, False)),
+    ("cuda:sm_90+sms=132", "native", 64, 4096, 7168, (64, 64, 128, 2, True)),
+    ("cuda:sm_90+sms=132", "codec", 128, 4096, 7168, (64, 64, 128, 2, False)),
+    ("cuda:sm_90+sms=132", "weight_only", 256, 4096, 7168, (128, 64, 128, 2, False)),
+    ("cuda:sm_86", "weight_only", 4096, 4096, 7168, (64, 128, 128, 1, False)),
     ("cuda:sm_90+sms=132", "codec", 300, 4096, 7168, (64, 128, 128, 1, False)),
     ("cuda:sm_80", "decoded", 4096, 4096, 7168, (128, 128, 128, 1, False)),
     ("cuda:sm_90+sms=132", "codec", 1, 2112, 7168, (8, 64, 128, 8, True)),
@@ -181,8 +184,10 @@ def test_slices_of_decoded_weights(m, n, k, block, want):
 
 def test_few_rows_take_pointers_where_that_was_measured():
     chips = ("cuda:sm_90", "cuda:sm_100", "cuda:sm_80", "rocm:gfx942")
-    assert [by_pointers(16, Platform.parse(chip)) for chip in chips] == [True, False, False, False]
-    assert not by_pointers(17, Platform.parse("cuda:sm_90"))
+    assert [by_pointers(16, 1 << 20, Platform.parse(chip)) for chip in chips] == [True, False, False, False]
+    hopper = Platform.parse("cuda:sm_90+sms=132")
+    asked = [(17, 8448), (64, 8448), (64, 8449), (65, 128)]
+    assert [by_pointers(m, n, hopper) for m, n in asked] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("chip", "path", "m", "n", "k", "want"), TILES)

@@ -22,6 +22,7 @@ from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
 from .operands import Reading, operand, quantize_activations, reading, scale_args
 from .quantize import on_device
+from .tma_kernels import tma_kernel
 
 _TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
@@ -73,8 +74,8 @@ def matmul(
         platform = without_fp8(platform)
     (m, k), n = x.shape, w.shape[-2]
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
-    tma = _takes_tma(x, w, how, platform) and (invariant or not by_pointers(m, platform))
-    path = _TMA_PATHS[how.path] if tma else how.path
+    tma = _takes_tma(x, w, how, platform) and (invariant or not by_pointers(m, n, platform))
+    path = _TMA_PATHS[how.path] if tma else how.tile_path
     x_data = operand(x, how.constants["X_KIND"], how)
     y = x_data.new_empty((m, n), dtype=out_dtype)
     rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path == "decoded" else max(n, 1)
@@ -128,12 +129,13 @@ def _multiply(
     with on_device(y):
         if tma:
             halves = 2 if tile.rescaled else tile.halves
-            programs = min(tiles, multiprocessors(platform) * tile.programs) if tile.programs else tiles
-            kernels.tma_kernel[(programs, tile.split)](
+            programs = multiprocessors(platform) * tile.programs
+            persistent = 0 < programs < tiles and tile.split == 1
+            tma_kernel[(programs if persistent else tiles, tile.split)](
                 _blocks(x_data, tile.bm, tile.bk) if tile.rescaled else None,
                 _blocks(x_data, tile.bm // halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
                 part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
-                HALVES=halves, RESCALED=tile.rescaled, PERSISTENT=tile.programs > 0 and tile.split == 1, **common,
+                HALVES=halves, RESCALED=tile.rescaled, PERSISTENT=persistent, **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)

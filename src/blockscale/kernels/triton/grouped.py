@@ -111,7 +111,7 @@ def grouped_matmul(
         top_k = where.numel() // m
         out_rows, per_expert = where.numel(), 1
     if tile is None:
-        tile = gemm_tile(how.path, max(per_expert, 1), n, k, how.span, platform, invariant=invariant)
+        tile = gemm_tile(how.tile_path, max(per_expert, 1), n, k, how.span, platform, invariant=invariant)
     tile = replace(tile, split=1, bk=max(tile.bk, how.folded))
     if rows == "sorted":
         tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton.language as tl
@@ -29,8 +29,15 @@ _LIFT = {"ptx": ptx.FP16_LIFT, "fp4 ptx": ptx.FP4_FP16_LIFT, "ptx checked": ptx.
 class Reading:
     """The constexprs of `tiles.accumulate` for two operands, and the path that tuning knows them by."""
 
-    path: GemmPath
+    path: Literal["native", "codec", "decoded", "weight_only"]
     constants: dict[str, Any]
+
+    @property
+    def tile_path(self) -> GemmPath:
+        """What tuning calls it."""
+        if self.folded and self.path == "codec":
+            return "codec_fold"
+        return "weight_only_fold" if self.folded and self.path == "weight_only" else self.path
 
     @property
     def span(self) -> int:
@@ -80,7 +87,7 @@ def quantize_activations(
 
 def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, decode_first: bool = False) -> Reading:
     """How x and w are read on this platform. Pure: looks at formats, layouts and dtypes, never at values."""
-    path: GemmPath
+    path: Literal["native", "codec", "decoded", "weight_only"]
     if isinstance(x, Tensor):
         path, compute = "weight_only", x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
         x_scale, x_group, x_kind = "none", 0, "value" if compute == x.dtype else "cast"

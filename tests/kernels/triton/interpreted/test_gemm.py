@@ -11,7 +11,7 @@ from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
 from blockscale.kernels.triton import KERNELS, gemm, operands
-from blockscale.kernels.triton.gemm_kernels import rescaled
+from blockscale.kernels.triton.tma_kernels import rescaled
 from blockscale.numerics import get_numerics
 from blockscale.tuning import gemm_tile
 
@@ -76,14 +76,14 @@ def rescaled_kernel(x, w, y, right, sx, sw, M, K, sx_m, sx_k, BM: tl.constexpr, 
 
 
 SCALES = [
-    ("as they are", 1.0, True), ("ten orders apart", 1e10, True), ("zero", 0.0, False), ("infinite", torch.inf, False),
-    ("too far apart", 2.0**90, False), ("negative", -1.0, False), ("NaN", torch.nan, True),
+    ("as they are", 1.0, True), ("ten orders apart", 1e-10, True), ("zero", 0.0, False), ("infinite", torch.inf, False),
+    ("too far apart", 2.0**90, False), ("negative", -1.0, False), ("NaN", torch.nan, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("factor", "right"), [case[1:] for case in SCALES], ids=[case[0] for case in SCALES])
 def test_one_sum_in_units_of_the_scale_at_hand(factor, right, g):
-    """Right, or known not to be; a NaN scale makes its row NaN and no other."""
+    """Right, or known not to be."""
     xq = reference.quantize(torch.randn(20, 640, generator=g), get_format("fp8_1x128"))
     w = reference.quantize(torch.randn(32, 640, generator=g), get_format("fp8_128x128"))
     xq.scale[7, 2] *= factor
@@ -91,10 +91,8 @@ def test_one_sum_in_units_of_the_scale_at_hand(factor, right, g):
     blocks = [gemm._blocks(q.data.to(F16), 32, 64) for q in (xq, w)]
     rescaled_kernel[(1,)](*blocks, y, ok, xq.scale, w.scale, 20, 640, *xq.scale.stride(), BM=32, BN=32, BK=64)
     assert bool(ok) == right
-    rows = torch.arange(20) != (7 if factor != factor or not right else 20)
+    rows = torch.arange(20) != (20 if right else 7)
     assert worst_row(y[:20][rows], reference.matmul(xq, w)[rows]) < EXACT
-    if right:
-        assert y[7].isnan().all() == (factor != factor)
 
 
 GROUPS = [
