@@ -100,7 +100,7 @@ def agree(world: World, what: str, got: Tensor, want: Tensor, say: Callable[...,
     """A layer over ranks, called eagerly, against the whole one: the worst row of all ranks. Raises if wrong."""
     error = ((got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)).max().view(1)
     found = {"what": what, "row": float(world.tp.all_reduce(error, "max"))}
-    found["ok"] = found["row"] < 4e-3  # a rounding to bf16 of each, sums in another order
+    found["ok"] = found["row"] < 6e-3  # bf16 results of two matrices and a sum in another order
     if not found["ok"]:
         raise RuntimeError(f"conformance failed: {found}")
     say("conformance", found)

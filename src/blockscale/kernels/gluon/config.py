@@ -106,7 +106,9 @@ class Wide:
     def together(self, k: int) -> int:
         """Rows of tiles that are walked together, `wide_tiles.py`."""
         import os
-        if t := os.environ.get("HOP_T"): return int(t)
+
+        if t := os.environ.get("HOP_T"):
+            return int(t)
         return 16 if self.bn >= 128 * self.groups else 8
 
     def tiles(self, m: int, n: int) -> int:
