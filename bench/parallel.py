@@ -91,9 +91,9 @@ def main() -> None:
             measured += prefill(b, attention, mlp, direct, t)
         measured += decode(b, attention, mlp, direct) if "decode" in wanted else []
         project(b, measured, link, measured_direct)
-        if "wire" in wanted and b.left() > 10:
+        if "wire" in wanted and b.left() > 5:
             wire(b, mlp)
-        if "experts" in wanted and b.left() > 15:
+        if "experts" in wanted and b.left() > 7:
             experts(b, direct)
         b.say("done")
 

@@ -151,7 +151,7 @@ def experts(b: Bench, direct: Group | None) -> None:
         spread["reduce, direct"] = moe.spread(w.rank, w.size, direct, "reduce")
     b.keep("experts conformance", parallel_checks.experts(w, moe, spread, b.say))
     for t in (*s.decode, s.prefill[0]):
-        if b.left() < 10:
+        if b.left() < 4:
             b.say(f"experts T={t}: left out, no time")
             break
         rows[t] = _experts_at(b, t, moe, spread)
