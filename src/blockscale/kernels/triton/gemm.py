@@ -26,8 +26,8 @@ from .tma_kernels import tma_kernel
 
 _TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
-"""From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them: codes, scales stay
-apart, in slices (`tuning.decoded_rows`), so that a call needs memory for one slice only."""
+"""From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them: the codes, whose
+scales stay apart, and in slices (`tuning.decoded_rows`), so that a call needs memory for one slice only."""
 
 
 def linear(
