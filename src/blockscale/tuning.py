@@ -285,7 +285,7 @@ def _fit(tile: GemmTile, k: int, span: int) -> GemmTile:
 
 
 def _find(table: dict[tuple[str, str], tuple], name: str, path: str) -> tuple[tuple[str, str], tuple]:  # type: ignore[type-arg]
-    for key in ((name, path), (name, "*"), ("*", path), ("*", "*")):
+    for key in ((name, path), (name, path.removesuffix("_fold")), (name, "*"), ("*", path), ("*", "*")):
         if key in table:
             return key, table[key]
     raise AssertionError("the table has a row for everything")
