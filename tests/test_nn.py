@@ -5,7 +5,7 @@ import torch
 
 import blockscale
 from blockscale import DtypeError, ShapeError
-from blockscale.nn import BlockDiagonalLinear, DenseLinear, Linear, Names, StackedLinear
+from blockscale.nn import BlockDiagonalLinear, DenseLinear, Experts, Linear, Names, StackedLinear
 
 
 @pytest.fixture
@@ -131,3 +131,24 @@ def test_an_x_of_another_k_is_an_error(k):
         StackedLinear(w)(torch.randn(4, k), ends)
     with pytest.raises(ShapeError, match=r"needs x \[\.\.\., 3, 576\]"):
         BlockDiagonalLinear(w)(torch.randn(4, 3, k))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("weight", torch.float32), ("weight", torch.uint8), ("scale", torch.bfloat16)]
+)
+def test_a_state_dict_in_another_dtype_is_an_error(name, other):
+    """torch would convert the numbers: BF16 weights would become FP8 under scales that are not theirs."""
+    layer = Linear(blockscale.quantize(torch.randn(192, 576), "fp8_128x128"))
+    state = layer.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    with pytest.raises(RuntimeError, match=f"{name}: needs .* as it is stored here, got {other}"):
+        layer.load_state_dict(state | {name: state[name].float().to(other)})
+    assert all(torch.equal(a.view(torch.uint8), before[k].view(torch.uint8)) for k, a in layer.state_dict().items())
+
+
+def test_experts_say_what_does_not_fit():
+    gate_up, down = (blockscale.quantize(torch.randn(3, *s), "fp8_128x128") for s in ((256, 64), (64, 128)))
+    experts = Experts(gate_up, down)
+    for index, weights in ((torch.zeros(5, 2), torch.ones(5, 3)), (torch.zeros(4, 2), torch.ones(4, 2))):
+        with pytest.raises(ShapeError, match=r"Experts: needs x \[T, K\], index \[T, k\] and weights \[T, k\]"):
+            experts(torch.randn(5, 64), index.long(), weights)

@@ -244,34 +244,3 @@ def test_tracers_subclasses_and_meta_tensors_see_the_op(w):
     assert type(blockscale.linear(x.as_subclass(Marked), w)) is Marked
     meta = blockscale.linear(x.to("meta"), w.to("meta"))
     assert (meta.device.type, tuple(meta.shape)) == ("meta", (2, 192))
-
-
-ENDS = torch.tensor([2, 4], dtype=torch.int32)
-
-
-def quantized(x):
-    return blockscale.quantize(x, "fp8_1x128")
-
-
-MISTAKES = {
-    "stack": (lambda x, w, ws: blockscale.linear(x, ws), ShapeError, r"needs w \[N, K\], got \[2, 192, 576\]"),
-    "stack, matmul": (lambda x, w, ws: blockscale.matmul(quantized(x), ws), ShapeError, r"matmul: needs w \[N"),
-    "bias": (lambda x, w, ws: blockscale.linear(x, w, torch.zeros(192).double()), DtypeError, "bias .*float64"),
-    "offsets": (lambda x, w, ws: blockscale.grouped_linear(x, ws, ENDS.float()), DtypeError, "offsets needs int32"),
-    "counts": (lambda x, w, ws: blockscale.masked_linear(x.view(2, 2, 576), ws, ENDS / 2), DtypeError, "counts"),
-    "ids": (lambda x, w, ws: blockscale.gathered_linear(x, ws, x[:, :2]), DtypeError, "ids needs int32"),
-    "rounding": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", scale_rounding="up"), UnknownNameError, "'up'"),
-    "floor": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", floor=-1.0), BlockscaleError, "needs a positive"),
-    "weights": (
-        lambda x, w, ws: blockscale.swiglu_quantize(x, "fp8_row", routing_weight=torch.ones(3)),
-        ShapeError,
-        r"gate_up \[4, 576\] needs routing_weight \[4\], got \[3\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_operands_that_do_not_fit_are_said_to_be_so(w, mistake):
-    call, error, message = MISTAKES[mistake]
-    with pytest.raises(error, match=message):
-        call(torch.randn(4, 576), w, blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128"))

@@ -62,7 +62,7 @@ def _parts(x: Tensor, cols: int, format: str, layout: str) -> Parts:
     fmt, (*lead, rows, _) = get_format(format), x.shape
     data = x.new_empty(*lead, *fmt.data_shape(rows, cols), dtype=fmt.element.dtype)
     scale = x.new_empty(*lead, *fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype)
-    level = x.new_empty(*lead, dtype=torch.float32) if fmt.two_level else x.new_empty(*lead, 0, dtype=torch.float32)
+    level = x.new_empty(lead if fmt.two_level else (*lead, 0), dtype=torch.float32)
     q = BlockScaled.trusted(data, scale, fmt, "row", (*lead, rows, cols))
     packed = get_layout(layout).pack(q)  # plain torch, so it runs on fake tensors too
     return packed.data, packed.scale, level

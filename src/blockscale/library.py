@@ -170,6 +170,8 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -
     if x.shape[-1] != k:
         raise _other_k(x, k)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], n)
     y: Tensor = _call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
@@ -198,6 +200,8 @@ def _quantize(
     problem, plan = _bind_result(
         "quantize", x.dtype, x.device, x.shape[-1], scale is not None, format, layout, scale_rounding, kernel
     )
+    if not x.numel():
+        return _nothing(fakes.quantize(x, scale, format, layout, scale_rounding, floor, kernel))
     rows, chosen = x.shape[-2], plan.pick(x.shape[-2])
     if x.dim() == 2:
         data, made, level = _parts(_call(chosen, problem, rows, x, scale, floor))
@@ -221,6 +225,9 @@ def _swiglu_quantize(
         "swiglu_quantize", gate_up.dtype, gate_up.device, cols, False, format, layout, scale_rounding, kernel
     )
     rows = gate_up.shape[0]
+    if not rows:
+        how = (format, layout, scale_rounding, floor, kernel)
+        return _nothing(fakes.swiglu_quantize(gate_up, limit, routing_weight, *how))
     return _parts(_call(plan.pick(rows), problem, rows, gate_up, limit, routing_weight, floor))
 
 
@@ -230,7 +237,14 @@ def _rmsnorm_quantize(
     problem, plan = _bind_result(
         "rmsnorm_quantize", x.dtype, x.device, x.shape[1], False, format, layout, scale_rounding, kernel
     )
+    if not len(x):
+        return _nothing(fakes.rmsnorm_quantize(x, weight, eps, format, layout, scale_rounding, floor, kernel))
     return _parts(_call(plan.pick(x.shape[0]), problem, x.shape[0], x, weight, eps, floor))
+
+
+def _nothing(parts: Parts) -> Parts:
+    """Of no rows: there is nothing to ask a kernel for. The global scale is as for zeros."""
+    return parts[0], parts[1], parts[2].fill_(1.0)
 
 
 def _parts(q: BlockScaled) -> Parts:

@@ -209,10 +209,12 @@ def gathered_linear(
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
     """`x: [..., K]` times an unquantized `weight: [N, K]` transposed -> `[..., N]`; for lm_head and routers.
 
-    Raises ShapeError or NoKernelError; BlockscaleError where a gradient is asked for (`nn.DenseLinear` has one).
+    Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for (`nn.DenseLinear` has
+    one).
     """
     if x.shape[-1] != weight.shape[-1]:
         raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
+    _check_bias("dense_linear", weight.shape, bias)
     gradients.refuse("dense_linear", x, weight, instead="torch.nn.functional.linear")
     return shortcut.dense_linear(x, weight, bias, kernel or "")
 
@@ -268,7 +270,13 @@ def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
         raise DtypeError(f"linear: x needs float32, bfloat16 or float16, got {x.dtype}; quantized x goes to matmul")
     if x.device != w.device:
         raise DtypeError(f"linear: x is on {x.device}, the weight on {w.device}")
-    if bias is not None and tuple(bias.shape) != (w.shape[-2],):
-        raise ShapeError(f"linear: w {list(w.shape)} needs bias [{w.shape[-2]}], got {list(bias.shape)}")
-    if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DtypeError(f"linear: bias needs float32, bfloat16 or float16, got {bias.dtype}")
+    _check_bias("linear", w.shape, bias)
+
+
+def _check_bias(op: str, w: tuple[int, ...], bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (w[-2],):
+        raise ShapeError(f"{op}: w {list(w)} needs bias [{w[-2]}], got {list(bias.shape)}")
+    if bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DtypeError(f"{op}: bias needs float32, bfloat16 or float16, got {bias.dtype}")

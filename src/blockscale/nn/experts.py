@@ -106,6 +106,9 @@ class Experts(nn.Module):
     down: StackedLinear
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if index.shape != weights.shape or index.shape[0] != x.shape[0]:
+            got = f"{list(x.shape)}, {list(index.shape)} and {list(weights.shape)}"
+            raise ShapeError(f"Experts: needs x [T, K], index [T, k] and weights [T, k], got {got}")
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         chosen, token, weight = chosen[order], order // index.shape[1], weights.flatten()[order].float()

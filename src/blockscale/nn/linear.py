@@ -139,7 +139,13 @@ class WeightModule(StoredModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(convert(self.quantized, "row"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        given = dict(state_dict)
+        for name in self.stored:
+            new, held = given.get(prefix + name), self._buffers[name]
+            if new is not None and held is not None and new.dtype != held.dtype:  # torch would convert the numbers
+                args[-1].append(f"{prefix}{name}: needs {held.dtype} as it is stored here, got {new.dtype}")
+                given[prefix + name] = held
+        super()._load_from_state_dict(given, prefix, *args)
 
 
 class Linear(WeightModule):

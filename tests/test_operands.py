@@ -1,0 +1,84 @@
+"""Operands that do not fit an operation, and operands of nothing."""
+
+import pytest
+import torch
+
+import blockscale
+from blockscale import BlockscaleError, DtypeError, ShapeError, UnknownNameError
+
+ENDS = torch.tensor([2, 4], dtype=torch.int32)
+
+
+def quantized(x):
+    return blockscale.quantize(x, "fp8_1x128")
+
+
+MISTAKES = {
+    "stack": (lambda x, w, ws: blockscale.linear(x, ws), ShapeError, r"needs w \[N, K\], got \[2, 192, 576\]"),
+    "stack, matmul": (lambda x, w, ws: blockscale.matmul(quantized(x), ws), ShapeError, r"matmul: needs w \[N"),
+    "bias": (lambda x, w, ws: blockscale.linear(x, w, torch.zeros(192).double()), DtypeError, "bias .*float64"),
+    "offsets": (lambda x, w, ws: blockscale.grouped_linear(x, ws, ENDS.float()), DtypeError, "offsets needs int32"),
+    "counts": (lambda x, w, ws: blockscale.masked_linear(x.view(2, 2, 576), ws, ENDS / 2), DtypeError, "counts"),
+    "ids": (lambda x, w, ws: blockscale.gathered_linear(x, ws, x[:, :2]), DtypeError, "ids needs int32"),
+    "rounding": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", scale_rounding="up"), UnknownNameError, "'up'"),
+    "floor": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", floor=-1.0), BlockscaleError, "needs a positive"),
+    "dense bias": (
+        lambda x, w, ws: blockscale.dense_linear(x, torch.ones(8, 576), torch.ones(7)),
+        ShapeError,
+        r"dense_linear: w \[8, 576\] needs bias \[8\], got \[7\]",
+    ),
+    "weights": (
+        lambda x, w, ws: blockscale.swiglu_quantize(x, "fp8_row", routing_weight=torch.ones(3)),
+        ShapeError,
+        r"gate_up \[4, 576\] needs routing_weight \[4\], got \[3\]",
+    ),
+}
+
+
+@pytest.fixture
+def w():
+    return blockscale.quantize(torch.randn(192, 576), "fp8_128x128")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_operands_that_do_not_fit_are_said_to_be_so(w, mistake):
+    call, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 576), w, blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128"))
+
+
+NOTHING = torch.empty(0, 576)
+OF_NOTHING = {
+    "linear": (lambda w, ws: blockscale.linear(NOTHING, w), (0, 192)),
+    "dense_linear": (lambda w, ws: blockscale.dense_linear(NOTHING, torch.randn(8, 576)), (0, 8)),
+    "matmul": (lambda w, ws: blockscale.matmul(quantized(NOTHING), w), (0, 192)),
+    "grouped_linear": (lambda w, ws: blockscale.grouped_linear(NOTHING, ws, ENDS * 0), (0, 192)),
+    "masked_linear": (lambda w, ws: blockscale.masked_linear(NOTHING.view(2, 0, 576), ws, ENDS * 0), (2, 0, 192)),
+    "gathered_linear": (lambda w, ws: blockscale.gathered_linear(NOTHING, ws, NOTHING[:, :2].int()), (0, 2, 192)),
+    "swiglu_quantize": (lambda w, ws: blockscale.swiglu_quantize(NOTHING, "fp8_1x128"), (0, 288)),
+    "rmsnorm_quantize": (
+        lambda w, ws: blockscale.rmsnorm_quantize(NOTHING, torch.ones(576), 1e-6, "fp8_row"),
+        (0, 576),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OF_NOTHING)
+def test_no_rows_give_no_rows(w, op):
+    call, shape = OF_NOTHING[op]
+    assert tuple(call(w, blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128")).shape) == shape
+
+
+@pytest.mark.parametrize("name", ["fp8_128x128", "fp8_tensor", "fp8_row", "mxfp8", "mxfp4", "nvfp4"])
+def test_no_rows_are_quantized(name):
+    q = blockscale.quantize(NOTHING, name)
+    assert q.shape == (0, 576)
+    assert q.scale.shape == q.format.scale_shape(0, 576)
+    assert tuple(blockscale.dequantize(q).shape) == (0, 576)
+
+
+@pytest.mark.parametrize("name", ["fp8_1x128", "mxfp4", "nvfp4"])
+def test_quantize_has_a_fake_for_every_format(name):
+    x = torch.randn(4, 576)
+    run = torch.compile(lambda x: blockscale.quantize(x, name).scale, fullgraph=True, backend="eager")
+    assert torch.equal(run(x).view(torch.uint8), blockscale.quantize(x, name).scale.view(torch.uint8))
