@@ -272,3 +272,5 @@ def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
         raise ShapeError(f"linear: w {list(w.shape)} needs bias [{w.shape[-2]}], got {list(bias.shape)}")
     if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise DtypeError(f"linear: bias needs float32, bfloat16 or float16, got {bias.dtype}")
+    if bias is not None and bias.device != w.device:
+        raise DtypeError(f"linear: bias is on {bias.device}, the weight on {w.device}")
