@@ -1,7 +1,8 @@
 """Configurations that are worth a thought for a shape, and what a model expects of each. Pure.
 
-The model: waves of tiles, each as long as its slowest part, multiplying or reading memory; constants from one H100 and
-one H200 (bench/results/hopper-notes.md). It ranks; only a measurement decides (`blockscale tune`).
+The model: the waves' multiplying beside all reading, and what nothing hides: the launch, the end of the last tile, the
+sum of cut tiles. Constants from one H100 (bench/results/hopper-notes.md). It ranks; only a measurement decides
+(`blockscale tune`).
 """
 
 from __future__ import annotations
