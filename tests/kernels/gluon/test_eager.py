@@ -139,7 +139,7 @@ def test_whose_stream_it_is(monkeypatch, handle, number, external):
 def test_the_result_has_the_dtype_that_the_kernel_writes(out, n):
     """Partial sums of bf16 x are fp32: a result in x's dtype would be half as long as what is written."""
     call = object.__new__(eager.Prepared)
-    call.problem, call.m, call.n, call.y_cols = SimpleNamespace(out_dtype=out), 3, n, 16
+    call.out_dtype, call.m, call.n, call.y_cols = out, 3, n, 16
     call.kept, call.y_map = object(), None
     call.x_address, call.y_address = SimpleNamespace(value=0), SimpleNamespace(value=0)
     call.quantize = call.multiply = SimpleNamespace(enqueue=lambda: 0)
