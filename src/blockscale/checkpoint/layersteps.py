@@ -13,11 +13,11 @@ from torch import Tensor
 from .. import reference
 from ..errors import ScaleError
 from ..tensor import BlockScaled
+from .byteio import ByteReader, read_bytes
 from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
 from .exact import convert_exact, values
-from .byteio import ByteReader, read_bytes
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of

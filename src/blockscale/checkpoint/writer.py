@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checksum import Checksum
 from .byteio import ByteReader, ByteWriter, byte_view
+from .checksum import Checksum
 from .header import DTYPES, read_header
 
 PARTIAL = ".partial"

@@ -19,11 +19,13 @@ def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dic
     transformers and a tokenizer in `a`. Both models are in memory at once.
     """
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, logging
     except ImportError as e:
         raise BlockscaleError(
             f"verify --logits needs transformers: pip install 'blockscale[transformers]' ({e})"
         ) from e
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a text longer than the context is cut into pieces here
     ids = AutoTokenizer.from_pretrained(a)(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise CheckpointError(f"verify --logits: the text has {ids.numel()} tokens, needs at least 2")

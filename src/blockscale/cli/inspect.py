@@ -91,7 +91,9 @@ def _runs(sizes: list[int]) -> str:
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Table:
     counts = ("whole", "aligned", "inside", "unequal")
-    table = Table("ranks", "tensor parallel", "whole", "whole blocks", "cut inside a block", "unequal shares", "which, why")
+    table = Table(
+        "ranks", "tensor parallel", "whole", "whole blocks", "cut inside a block", "unequal shares", "which, why"
+    )
     for row in rows[1:]:
         kinds = row["kinds"]["inside"] or row["kinds"]["unequal"]
         notes = [kinds[0] + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else "")] if kinds else []
