@@ -106,6 +106,7 @@ def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
     steps = [step for group in groups.values() for step in group]
     if not any(isinstance(step, Quantize) for step in steps):
         why = next((f"; {s.name}: {s.left}" for s in steps if isinstance(s, Copy) and s.left), "")
+        why += f"; --only {', '.join(options.only)}" if options.only else ""
         raise CheckpointError(
             f"{src}: no tensor to quantize: {len(steps)} tensors, all skipped or no float matrices{why}"
         )
