@@ -18,9 +18,7 @@ def stored(tmp_path, monkeypatch):
     """Three tensors that begin and end within windows (of 4 KB here), and their bytes."""
     monkeypatch.setattr(byteio, "_WINDOW", 4096)
     g = torch.Generator().manual_seed(0)
-    data = {
-        name: torch.randint(0, 256, (n,), dtype=torch.uint8, generator=g) for name, n in zip("abc", SIZES, strict=True)
-    }
+    data = {name: torch.randint(0, 256, (n,), dtype=torch.uint8, generator=g) for name, n in SIZES.items()}
     save_file(data, tmp_path / "x.safetensors")
     return [(info, data[info.name]) for info in read_header(tmp_path / "x.safetensors").tensors]
 

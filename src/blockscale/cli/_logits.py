@@ -24,8 +24,8 @@ def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dic
         raise BlockscaleError(
             f"verify --logits needs transformers: pip install 'blockscale[transformers]' ({e})"
         ) from e
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a text longer than the context is cut into pieces here
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of texts longer than the context: cut below
     ids = AutoTokenizer.from_pretrained(a)(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise CheckpointError(f"verify --logits: the text has {ids.numel()} tokens, needs at least 2")
