@@ -166,10 +166,11 @@ class Linear:
             return self._elsewhere(x.contiguous(), data, scale, bias, m)
         if _device() != device or _captures():
             return self._elsewhere(x, data, scale, bias, m)
-        # kernels are compiled for a bias's dtype, and for aligned or unaligned addresses
+        # kernels are compiled for the dtypes of scales and bias, and for aligned or unaligned addresses; another tensor
+        # may come to lie where a weight's were
         address, stream = x.data_ptr(), _stream(device)
         added = None if bias is None else (bias.dtype, bias.data_ptr() % 16)
-        key = (data.data_ptr(), scale.data_ptr(), m, distance, address % 16, added, stream)
+        key = (data.data_ptr(), scale.data_ptr(), scale.dtype, m, distance, address % 16, added, stream)
         prepared = _kept.prepared.get(key)
         if prepared is None or prepared.problem is not self.problem:
             if scale.dtype not in _READ_AS_STORED or is_external(x.device):
