@@ -72,6 +72,12 @@ def gemm_case(p: Platform, numerics: str) -> None:
         gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p)
         if capability.dot_element(p, "fp8") and numerics == "checkpoint":  # elsewhere the codec is what ran just now
             gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p, native=False)
+    if numerics == "weight_only":  # scales of short groups that cannot be folded: steps as short
+        w = weight("mxfp4", 4096, 7168, p)
+        w = BlockScaled.trusted(w.data, w.scale.to(torch.bfloat16), w.format, "row", w.shape)
+        for m in (64, 100, 4096):
+            gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p)
+        gemm.linear(x[:64], w, None, get_numerics(numerics), torch.bfloat16, p, invariant=True)
     w = weight("fp8_128x128", 129, 200, p)  # ragged in everything: masks where the others need none
     gemm.linear(x[:5, :200], w, None, get_numerics(numerics), torch.bfloat16, p)
 

@@ -22,7 +22,8 @@ def merge(reports: list[dict]) -> dict:
     """The reports' rows, later ones over earlier ones, in the order of shapes.py; everything else from the last."""
     rows = {(row["n"], row["k"], row["m"]): row for report in reports for row in report["rows"]}
     order = [(n, k, m) for n, k in (*NK, *UNSEEN) for m in M]
-    merged = dict(reports[-1], rows=[rows[at] for at in order if at in rows])
+    runs = sum(report.get("runs", 1) for report in reports)
+    merged = dict(reports[-1], runs=runs, rows=[rows[at] for at in order if at in rows])
     merged["bad"] = {text: why for report in reports for text, why in report["bad"].items()}
     merged["checked"] = sorted({text for report in reports for text in report["checked"]})
     return merged

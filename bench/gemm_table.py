@@ -106,7 +106,7 @@ def markdown(out: dict) -> str:
         f"# FP8 1x128 x 128x128 GEMM on one {env['device']}",
         "",
         f"{env['device']}, torch {env['torch']}, triton {env['triton']}, CUDA {env['cuda']}. CUDA graphs, operands rotated "  # noqa: E501
-        "past L2, replays interleaved, medians; one run. Written by `python bench/gemm.py`.",
+        f"past L2, replays interleaved, medians; {out.get('runs', 1)} runs, all of a row in one. Written by `python bench/gemm.py`.",  # noqa: E501
         "",
         "Ceilings measured: " + ", ".join(f"{k} {v:.0f}" for k, v in out["ceilings"].items()) + ".",
         "Host microseconds of an eager call (1x1536x7168): "

@@ -96,6 +96,17 @@ def _over(got: Tensor, want: Tensor, x: Tensor, weight: Any) -> float:
     return float(((got.float() - want.float()).abs() / bound).max())
 
 
+def agree(world: World, what: str, got: Tensor, want: Tensor, say: Callable[..., None]) -> dict[str, Any]:
+    """A layer over ranks, called eagerly, against the whole one: the worst row of all ranks. Raises if wrong."""
+    error = ((got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)).max().view(1)
+    found = {"what": what, "row": float(world.tp.all_reduce(error, "max"))}
+    found["ok"] = found["row"] < 6e-3  # bf16 results of two matrices and a sum in another order
+    if not found["ok"]:
+        raise RuntimeError(f"conformance failed: {found}")
+    say("conformance", found)
+    return found
+
+
 def experts(
     world: World,
     moe: Moe,

@@ -23,6 +23,7 @@ class Bench:
         self.device, self.start = world.device, time.monotonic()
         self.gpu = self.device.type != "cpu"
         self.rows: dict[str, Any] = {}
+        self.agreed: list[dict[str, Any]] = []
 
     def left(self) -> float:
         """Seconds, the same on every rank: rank 0's."""

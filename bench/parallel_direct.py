@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
 from blockscale.errors import BlockscaleError
 from blockscale.parallel.direct import DirectGroup
+from blockscale.parallel.route import choose
 from parallel_clock import Bench, show
 from parallel_fit import Direct, fit_direct
 
@@ -16,7 +19,10 @@ def join(b: Bench) -> DirectGroup | None:
     if not b.gpu:
         return None
     try:
-        group = DirectGroup(dist.group.WORLD, b.device)
+        chosen, route = choose("auto", b.device, int(os.environ["LOCAL_WORLD_SIZE"]), "nccl")
+        b.say("sums=auto:", route.how, "-", route.reason)
+        b.keep("route", {"how": route.how, "reason": route.reason})
+        group = chosen if isinstance(chosen, DirectGroup) else DirectGroup(dist.group.WORLD, b.device)
     except BlockscaleError as e:
         b.say("no direct sums:", e)
         return None

@@ -6,10 +6,11 @@ and for each sum of S bytes of fp32 addends over n ranks
 
     one host, few tokens                 latency + (n - 1) S / pushed      one kernel, which pushes to each other rank
     one host, many tokens                max(0, S (n - 1) / n / copied - compute(n) / 2) + additions + barriers
-    more hosts                           2 ((n - 1) step + S (n - 1) / n / wire)      a ring all-reduce, nothing hidden
+    h hosts of 8                         the sum within a host, its latency once more, and a ring of each GPU with its
+                                         h - 1 fellows for an eighth: 2 ((h - 1) step + S / 8 (h - 1) / h / wire)
 
 `latency`, `pushed`, `copied` and the additions are measured on two ranks of one host (`parallel_direct`); `step` and
-`wire` between hosts are assumed. It is a projection, not a measurement.
+`wire` between hosts are assumed, and nothing hides what travels there. A projection, not a measurement.
 """
 
 from __future__ import annotations
@@ -93,10 +94,13 @@ class Layer:
         return max(self.one_us - share, 0.0) + share / ranks if share > 0 else self.one_us
 
     def project(self, ranks: int, direct: Direct | None, between: Link) -> tuple[float, float, float]:
-        """(compute, traffic that nothing hides, speed-up over one rank)."""
-        compute = self.compute_us(ranks)
-        if direct is not None and ranks <= HOST:
-            traffic = sum(direct.sum_us(size, ranks, compute / len(self.sums)) for size in self.sums)
-        else:
+        """(compute, traffic that nothing hides, speed-up over one rank). between: of a ring; of hosts, where direct."""
+        compute, inside = self.compute_us(ranks), min(ranks, HOST)
+        if direct is None:
             traffic = sum(between.all_reduce_us(size, ranks) for size in self.sums)
+            return compute, traffic, self.one_us / (compute + traffic)
+        traffic = sum(direct.sum_us(size, inside, compute / len(self.sums)) for size in self.sums)
+        if ranks > HOST:
+            over = [between.all_reduce_us(size / HOST, ranks // HOST) for size in self.sums]
+            traffic += sum(over) + len(over) * direct.latency_us
         return compute, traffic, self.one_us / (compute + traffic)

@@ -127,6 +127,7 @@ class SpreadAttention:
             group=group,
             part=part,
             scatter=split,
+            met=split,
             numerics=whole.numerics,
         )
 
@@ -188,6 +189,7 @@ class Mlp:
                 part=part,
                 scatter=split,
                 chunks=chunks,
+                met=split,
                 numerics=f"{self.numerics},sums={sums}",
             ),
         )

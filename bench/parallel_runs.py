@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,18 @@ def decode(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None) -> li
     ways = groups(b, direct) | {"compute": SOLO}
     spread = {name: attention.spread(w, group, tokens_split=False) for name, group in ways.items()}
     both = {name: mlp.tokens_everywhere(w.rank, w.size, group) for name, group in ways.items()}
-    heads = spread["compute"].heads
-    width = (heads[1] - heads[0]) * s.value
+    mine = slice(*(head * s.value for head in spread["compute"].heads))
     for m in s.decode:
         x, inner = tokens(m, s.hidden, b.device), tokens(m, s.heads * s.value, b.device, 1)
-        part = inner[:, :width].contiguous()
+        part = inner[:, mine].contiguous()
         calls: dict[str, Callable[[], object]] = {"one": lambda x=x, i=inner: (attention.whole(x, i), mlp.whole(x))}
+        want = attention.whole(x, inner), mlp.whole(x)
+        for name in groups(b, direct):
+            for what, got, whole in zip(
+                ("attention", "MLP"), (spread[name](x, part), both[name](x)), want, strict=True
+            ):
+                b.agreed.append(parallel_checks.agree(w, f"{what} M={m}, {name}", got, whole, b.say))
+        b.keep("agree", b.agreed)
         for name in ways:
             calls[name] = lambda name=name, x=x, part=part: (spread[name](x, part), both[name](x))
         for name, group in groups(b, direct).items():
@@ -54,9 +61,9 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None, t: i
     x, inner = tokens(t, s.hidden, b.device), tokens(t, s.heads * s.value, b.device, 1)
     mine = x.view(w.size, -1, s.hidden)[w.rank].contiguous()
     alone, half = mlp.tokens_everywhere(w.rank, w.size, SOLO), attention.spread(w, SOLO, tokens_split=True)
-    part = inner[:, : (half.heads[1] - half.heads[0]) * s.value].contiguous()
+    part = inner[:, half.heads[0] * s.value : half.heads[1] * s.value].contiguous()
     latent, every = tokens(t, s.q_rank, b.device), tokens(t, s.kv_rank, b.device)
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "mlp one": lambda: mlp.whole(x),
         "attention one": lambda: attention.whole(x, inner),
         "mlp compute": lambda: alone(x),
@@ -82,11 +89,18 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None, t: i
         split, whole = (attention.spread(w, group, tokens_split=split) for split in (True, False))
         calls[f"attention split, {name}"] = lambda layer=split: layer(mine, part)
         calls[f"attention everywhere, {name}"] = lambda layer=whole: layer(x, part)
+    for name, call in calls.items():
+        what, how, *_ = name.split(",")[0].split()
+        if how in ("split", "everywhere") and "bf16" not in name:
+            want = mlp.whole(x) if what == "mlp" else attention.whole(x, inner)
+            rows = want.view(w.size, -1, s.hidden)[w.rank] if how == "split" else want
+            b.agreed.append(parallel_checks.agree(w, f"{name}, {t} tokens", call(), rows, b.say))
+    b.keep("agree", b.agreed)
     found = b.us({name: call for name, call in calls.items() if "backend" not in name}, repeat=2)
     b.say(f"prefill {t} parts us:", {k: round(v) for k, v in found.items()})
     found |= b.us({name: call for name, call in calls.items() if "backend" in name}, repeat=2)
     b.say("prefill parts us:", {k: round(v) for k, v in found.items() if "backend" in k})
-    rows: dict[str, object] = {"tokens": t, "parts_us": found}
+    table: dict[str, object] = {"tokens": t, "parts_us": found}
     one = found["mlp one"] + found["attention one"]
     for name in groups(b, direct):
         for how in ("split", "everywhere"):
@@ -99,9 +113,9 @@ def prefill(b: Bench, attention: Attention, mlp: Mlp, direct: Group | None, t: i
                 "attention": found["attention one"] / parts[1],
                 "together": one / sum(parts),
             }
-            rows[f"{how}, {name}"] = speedups
+            table[f"{how}, {name}"] = speedups
             b.say(f"prefill {t} {how}, {name}: speedup", show(speedups))
-    b.keep(f"prefill {t}", rows)
+    b.keep(f"prefill {t}", table)
     halved = (found["mlp one"] + found["attention one"], found["mlp compute"] + found["attention compute"])
     return [Layer(f"prefill T={t}", *halved, (4.0 * t * s.hidden,) * 2)]
 
@@ -137,7 +151,7 @@ def experts(b: Bench, direct: Group | None) -> None:
         spread["reduce, direct"] = moe.spread(w.rank, w.size, direct, "reduce")
     b.keep("experts conformance", parallel_checks.experts(w, moe, spread, b.say))
     for t in (*s.decode, s.prefill[0]):
-        if b.left() < 10:
+        if b.left() < 4:
             b.say(f"experts T={t}: left out, no time")
             break
         rows[t] = _experts_at(b, t, moe, spread)

@@ -74,6 +74,10 @@ def test_what_was_wrong_at_first_is_wrong_again(w, x):
         blockscale.linear(x[:, :512], w)
     with pytest.raises(blockscale.ShapeError, match=r"needs bias \[192\], got \[191\]"):
         blockscale.linear(x, w, torch.zeros(191))
+    with pytest.raises(blockscale.DtypeError, match="bias needs float32, bfloat16 or float16, got torch.int64"):
+        blockscale.linear(x, w, torch.zeros(192, dtype=torch.int64))
+    with pytest.raises(blockscale.DtypeError, match="bias is on meta, the weight on cpu"):
+        blockscale.linear(x, w, torch.zeros(192, device="meta"))
     with pytest.raises(blockscale.DtypeError, match="quantized x goes to matmul"):
         blockscale.linear(x.to(torch.float8_e4m3fn), w)
     with pytest.raises(blockscale.DtypeError, match="x is on meta, the weight on cpu"):

@@ -271,6 +271,8 @@ def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
     if x.device != w.device:
         raise DtypeError(f"linear: x is on {x.device}, the weight on {w.device}")
     _check_bias("linear", w.shape, bias)
+    if bias is not None and bias.device != w.device:
+        raise DtypeError(f"linear: bias is on {bias.device}, the weight on {w.device}")
 
 
 def _check_bias(op: str, w: tuple[int, ...], bias: Tensor | None) -> None:

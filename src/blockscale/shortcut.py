@@ -27,6 +27,7 @@ Call = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | 
 """(x: [..., K], the weight's data, scale, global_scale, input_scale, bias, M) -> [..., N]."""
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _compiling, _dispatch_modes = torch.compiler.is_compiling, _C._len_torch_dispatch_stack
 _transforms, _tracing = _C._functorch.peek_interpreter_stack, _C._is_tracing
 
@@ -90,7 +91,6 @@ def again(
         or _transforms() is not None
         or _tracing()
         or x.requires_grad
-        or (bias is not None and (bias.requires_grad or bias.shape != (bound.n,)))
     ):
         return None
     device, shape = x.device, x.shape
@@ -104,6 +104,7 @@ def again(
         or (static is not None) is not bound.static
         or not shape
         or shape[-1] != bound.k
+        or (bias is not None and not bound.adds(bias))
     ):
         return None
     m = shape[0] if len(shape) == 2 else x.numel() // bound.k
@@ -133,6 +134,12 @@ class Bound:
             kernel or "",
         )  # fmt: skip
         self.spans = [(span.m_max, span.kernel.name, _call(span.kernel, problem, fmt, w.layout)) for span in plan.spans]
+
+    def adds(self, bias: Tensor) -> bool:
+        """Whether nothing is wrong with a bias, and no gradient asked of it."""
+        return (
+            bias.dtype in _FLOATS and bias.shape == (self.n,) and bias.device == self.device and not bias.requires_grad
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

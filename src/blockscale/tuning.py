@@ -218,6 +218,8 @@ def gemm_tile(
     elif m <= 256 and not invariant and key in (("sm_90", "codec"), ("sm_90", "weight_only")):
         tile = replace(tile, bm=128, bn=64, entry=tile.entry + ", M <= 256")
     tile = _fit(tile, k, span)
+    if name == "sm_90" and tile.bk < 64 and tile.bn > 64:  # with 4 warps, Triton 3.6 and 3.7 die of their shared layout
+        tile = replace(tile, warps=8)
     if m <= 256 and not invariant and path in ("codec", "weight_only") and platform.capability >= 80:
         tiles = -(-m // tile.bm) * -(-n // tile.bn)
         tile = replace(tile, split=_split(tiles, -(-k // tile.bk), multiprocessors(platform)))
@@ -285,7 +287,7 @@ def _fit(tile: GemmTile, k: int, span: int) -> GemmTile:
 
 
 def _find(table: dict[tuple[str, str], tuple], name: str, path: str) -> tuple[tuple[str, str], tuple]:  # type: ignore[type-arg]
-    for key in ((name, path), (name, "*"), ("*", path), ("*", "*")):
+    for key in ((name, path), (name, path.removesuffix("_fold")), (name, "*"), ("*", path), ("*", "*")):
         if key in table:
             return key, table[key]
     raise AssertionError("the table has a row for everything")

@@ -25,7 +25,7 @@ def test_quantize_then_inspect(llama, tmp_path):
     assert [e["event"] for e in events] == ["start", "shard", "shard", "done"]
     assert events[-1] | {"path": "", "worst": [], "mean_relative_error": 0, "max_relative_error": 0} == {
         "event": "done", "path": "", "existed": False, "shards": 2, "kept": 0, "tensors": 12, "measured": 7,
-        "mean_relative_error": 0, "max_relative_error": 0, "worst": [],
+        "mean_relative_error": 0, "max_relative_error": 0, "worst": [], "left": [],
     }  # fmt: skip
     assert 0.02 < events[-1]["mean_relative_error"] <= events[-1]["max_relative_error"] < 0.03
     again = run("quantize", llama, tmp_path / "out", "--format", "fp8_128x128", "--json")

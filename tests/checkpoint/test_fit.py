@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from blockscale.checkpoint import open_checkpoint
 from blockscale.cli import app
@@ -10,7 +11,6 @@ from blockscale.cli._fit import kind_of, verdicts
 from blockscale.parallel.planner import plan_sharding
 from blockscale.parallel.summary import summarize
 from blockscale.policy import model_policy
-from typer.testing import CliRunner
 
 
 def rows_of(path):
@@ -47,7 +47,7 @@ def test_what_and_why(models):
 
 @pytest.mark.parametrize("model", ["v3", "v4", "minimax"])
 def test_the_verdict_is_that_of_the_plan(models, model):
-    """The same checkpoint, asked for one number of ranks with --tp: something is re-blocked there too, or nothing is."""
+    """Where `--tp N` re-blocks something, so does the verdict for N, and only there."""
     checkpoint = open_checkpoint(models(model))
     for ranks, row in rows_of(models(model)).items():
         planned = summarize(plan_sharding(checkpoint, ranks))["rows"]

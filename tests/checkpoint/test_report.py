@@ -2,17 +2,14 @@
 
 import html.parser
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from blockscale import get_format, reference
-from blockscale.checkpoint import convert_checkpoint, open_checkpoint, quantize_checkpoint
+from blockscale.checkpoint import convert_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.encode import make_encoding
-from blockscale.checkpoint.names import Parts
-from blockscale.checkpoint.reader import StoredLayer
 from blockscale.checkpoint.report import kind_of, page
 from blockscale.checkpoint.search import searched_scale
 from blockscale.checkpoint.stats import Stats

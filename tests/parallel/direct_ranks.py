@@ -100,7 +100,7 @@ def mlp(group, rank, size):
 
     def layer(group):
         column = ColumnParallelLinear(first, group=group, rows=rows, rows_of_x=True)
-        row = RowParallelLinear(take(down, second), group=group, part=second, scatter=True)
+        row = RowParallelLinear(take(down, second), group=group, part=second, scatter=True, met=True)
         return column, ParallelMLP(column, row, norm=normed)
 
     (other, backend), (column, made) = layer(Group(dist.group.WORLD)), layer(group)

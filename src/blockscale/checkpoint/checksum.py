@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from .byteio import byte_view
+
 _LANES = 127
 _ROUNDS = 64
 _PIECE = _LANES * _ROUNDS * 8
@@ -56,11 +58,11 @@ class Checksum:
         if flat.storage_offset() % 8:
             flat = flat.clone()
         wide = flat.view(torch.int64).view(-1, _ROUNDS // _WIDE, _WIDE * _LANES).sum(1)
-        self._hash.update(wide.view(-1, _WIDE, _LANES).sum(1).numpy())
+        self._hash.update(byte_view(wide.view(-1, _WIDE, _LANES).sum(1)))
 
     def hexdigest(self) -> str:
         """Of all bytes so far."""
         final = self._hash.copy()
-        final.update(self._tail[: self._waiting].numpy())
+        final.update(byte_view(self._tail[: self._waiting]))
         final.update(self._length.to_bytes(8, "little"))
         return final.hexdigest()[:32]

@@ -67,6 +67,9 @@ class GgufTensor:
     def nbytes(self) -> int:
         return self.stored_bytes
 
+    def matrices(self) -> Iterator[GgufTensor]:
+        yield self
+
     def stream(self, multiple: int = 1, again: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in fp32) by slabs; a vector is one row."""
         yield from ((begin, self._rows(begin, end)) for begin, end in slabs(self.shape, multiple))

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
+from .byteio import keep_freed_memory
 from .config import load_json
 from .errors import DestinationError
 from .fingerprint import fingerprint, require_same
@@ -156,7 +155,7 @@ def tell_start(shards: Sequence[Shard], listen: Listener) -> None:
 
 def run_shards(job: Job, shards: Iterable[Shard], listen: Listener) -> int:
     """Make the shards that are not there yet. Returns how many were."""
-    _keep_freed_memory()
+    keep_freed_memory()
     kept = 0
     for shard in shards:
         if _is_kept(job, shard):
@@ -166,13 +165,6 @@ def run_shards(job: Job, shards: Iterable[Shard], listen: Listener) -> int:
             _make(job, shard, listen)
         listen({"event": "shard", "name": shard.name, "bytes": shard.nbytes_in})
     return kept
-
-
-def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system when they are freed, and gets them again, page by page, for the next
-    slab: a fifth of all time. Once it has seen a large block freed it keeps smaller ones (`mallopt(3)`, dynamic mmap
-    threshold, at most 32 MB). The block is never touched, so it costs no memory."""
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def conclude(job: Job, kept: int) -> Result:

@@ -74,6 +74,8 @@ def find_layers(tensors: Mapping[str, TensorInfo], config: QuantConfig) -> Itera
 def _is_scale_of_something(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """NVFP4's block scales are E4M3 themselves."""
     owner = owner_of_scale(name)
+    if name.endswith("_scale") and name.removesuffix("_scale") in tensors:
+        return True  # of stacked experts
     return owner is not None and (f"{owner}.weight" in tensors or f"{owner}.weight_packed" in tensors)
 
 

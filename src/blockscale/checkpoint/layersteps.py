@@ -13,11 +13,11 @@ from torch import Tensor
 from .. import reference
 from ..errors import ScaleError
 from ..tensor import BlockScaled
+from .byteio import ByteReader, read_bytes
 from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
 from .exact import convert_exact, values
-from .byteio import ByteReader, read_bytes
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of
@@ -38,10 +38,12 @@ class LayerSource:
     def matrices(self) -> int:
         return math.prod(self.layer.shape[:-2])
 
-    def slabs(self, multiple: int, total: Checksum | None = None) -> Iterator[tuple[int, int, BlockScaled]]:
+    def slabs(
+        self, multiple: int, total: Checksum | None = None, only: int | None = None
+    ) -> Iterator[tuple[int, int, BlockScaled]]:
         """(matrix, first row, slab) in order; a slab's data is overwritten when the next is asked for.
 
-        multiple: slabs start at multiples of so many rows. total: is updated.
+        multiple: slabs start at multiples of so many rows. total: is updated. only: this matrix, to be read again.
         """
         layer = self.layer
         rows, cols = layer.shape[-2:]
@@ -50,8 +52,8 @@ class LayerSource:
         block_rows = layer.format.block_shape(rows, cols)[0]
         scales = self._scales(total)
         per_matrix = scales.scale.reshape(self.matrices, *scales.scale.shape[-2:])
-        with ByteReader(info) as reader:
-            for matrix in range(self.matrices):
+        with ByteReader(info, again=only is not None) as reader:
+            for matrix in range(self.matrices) if only is None else (only,):
                 for begin, end in self._ranges(multiple):
                     at = (matrix * rows + begin) * width * info.torch_dtype.itemsize
                     piece = reader.read(at, at + (end - begin) * width * info.torch_dtype.itemsize)
@@ -196,9 +198,8 @@ class Convert:
     def _global_scale(self, matrix: int) -> Tensor:
         """NVFP4's second level, from the largest value of the whole matrix: one more pass over it."""
         amax = torch.zeros(())
-        for m, _, q in self.source.slabs(self._multiple):
-            if m == matrix:
-                amax = torch.maximum(amax, reference.dequantize(q).abs().amax())
+        for _, _, q in self.source.slabs(self._multiple, only=matrix):
+            amax = torch.maximum(amax, reference.dequantize(q).abs().amax())
         return storable_global_scale(amax, self.encoding)
 
 

@@ -23,6 +23,7 @@ from .report import write_report
 from .scaleout import carry_out
 from .shards import pack_shards
 from .source import FileTensor, SourceTensor
+from .stacks import find_stacks
 from .steps import Copy, Quantize, Report, Step, is_matrix
 from .writer import copy_file, write_json
 
@@ -104,7 +105,11 @@ def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
         original, groups = _from_safetensors(src, encoding, options)
     steps = [step for group in groups.values() for step in group]
     if not any(isinstance(step, Quantize) for step in steps):
-        raise CheckpointError(f"{src}: no tensor to quantize: {len(steps)} tensors, all skipped or no float matrices")
+        why = next((f"; {s.name}: {s.left}" for s in steps if isinstance(s, Copy) and s.left), "")
+        why += f"; --only {', '.join(options.only)}" if options.only else ""
+        raise CheckpointError(
+            f"{src}: no tensor to quantize: {len(steps)} tensors, all skipped or no float matrices{why}"
+        )
     left = _left_alone(steps, options)
     config = with_quantization(original, describe(encoding.format, encoding.style.name, left))
     folder = src if src.is_dir() else None
@@ -130,25 +135,31 @@ def _from_safetensors(
         first = checkpoint.layers[0]
         raise CheckpointError(f"{src}: {first.name} is {first.format} already; use convert, or dequantize first")
     groups: dict[Path, list[Step]] = {}
+    stacks = find_stacks(checkpoint.tensors, encoding)
     for info in checkpoint.tensors.values():
-        groups.setdefault(info.file, []).append(_step(FileTensor(info), encoding, options, None))
+        step = _step(FileTensor(info), encoding, options, None, stacks.get(info.name))
+        groups.setdefault(info.file, []).append(step)
     return checkpoint.config, groups
 
 
-def _step(source: SourceTensor, encoding: Encoding, options: QuantizeOptions, copy_dtype: str | None) -> Step:
-    if chosen(source, options) and is_matrix(source):
-        if encoding.format.packed and source.shape[1] % 2:
-            raise CheckpointError(
-                f"{source.name}: {encoding.format} packs two columns a byte, got {list(source.shape)}"
-            )
-        return Quantize(source, encoding, options.nan == "keep", options.scales == "mse", options.report)
-    return Copy(source, dtype=copy_dtype)
+def _step(
+    source: SourceTensor, encoding: Encoding, options: QuantizeOptions, copy_dtype: str | None, stack: str | None = None
+) -> Step:
+    """stack: of a stack of experts, why it must be left alone, "" when it need not; None for all others."""
+    if not (chosen(source, options, stack is not None) and (stack is not None or is_matrix(source))):
+        return Copy(source, dtype=copy_dtype)
+    if stack:
+        return Copy(source, dtype=copy_dtype, left=stack)
+    if encoding.format.packed and source.shape[-1] % 2:
+        raise CheckpointError(f"{source.name}: {encoding.format} packs two columns a byte, got {list(source.shape)}")
+    return Quantize(source, encoding, options.nan == "keep", options.scales == "mse", options.report)
 
 
-def chosen(source: SourceTensor, options: QuantizeOptions) -> bool:
-    """Whether the globs pick this tensor: a module's `weight`, not on a skip list; `only` overrides the defaults."""
+def chosen(source: SourceTensor, options: QuantizeOptions, stack: bool = False) -> bool:
+    """Whether the globs pick this tensor: a module's `weight` or a stack of experts, not on a skip list; `only`
+    overrides the defaults."""
     module = module_of(source.name)
-    if module == source.name or _any(module, options.skip):
+    if (module == source.name and not stack) or _any(module, options.skip):
         return False
     return _any(module, options.only) if options.only else not _any(module, SKIP)
 
@@ -160,7 +171,9 @@ def _any(module: str, globs: Sequence[str]) -> bool:
 def _left_alone(steps: Sequence[Step], options: QuantizeOptions) -> list[str]:
     """Linear modules that stay as they are, for the config's skip list: what loaders would take for quantized."""
     left = [
-        module_of(s.name) for s in steps if isinstance(s, Copy) and module_of(s.name) != s.name and is_matrix(s.source)
+        module_of(s.name)
+        for s in steps
+        if isinstance(s, Copy) and (s.left or (module_of(s.name) != s.name and is_matrix(s.source)))
     ]
     return [module for module in left if not _any(module, ("*embed*", "*wte", "*wpe", "*norm*"))]
 

@@ -25,7 +25,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; 
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; width: 100%; font-size: 13px; white-space: nowrap }
 th { text-align: left; border-bottom: 1px solid #1b1f24 }
-td, th { padding: .25rem .8rem .25rem 0 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .8rem .25rem .3rem } td.n { text-align: right; font-variant-numeric: tabular-nums }
 th.n { text-align: right } tr:nth-child(even) td { background: #f4f6f8 } p.note { color: #57606a }
 svg { width: 100%; height: auto } code { font-size: 12.5px }
 """
@@ -37,6 +37,7 @@ def write_report(folder: Path, what: str, records: Sequence[Mapping[str, Any]]) 
     tensors = [{k: v for k, v in r.items() if k not in hidden} for r in records if "relative_error" in r]
     copied = sum(r["step"] == "copy" for r in records)
     summary = {"what": what, "tensors": len(tensors), "copied": copied, **error_summary(records)}
+    summary["left"] = left_alone(records)
     write_json(folder / REPORT, {"summary": summary, "tensors": tensors})
     write_text(folder / PAGE, page(what, summary, tensors))
 
@@ -54,10 +55,17 @@ def error_summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def left_alone(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """[{name, shape, reason}] of what one would expect to be quantized, and is not."""
+    return [{"name": r["name"], "shape": r["shape"], "reason": r["left"]} for r in records if r.get("left")]
+
+
 def page(what: str, summary: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> str:
     """The HTML page."""
     title = f"Quantization report: {html.escape(what)}"
     body = [f"<h1>{title}</h1>", f"<p>{_sentence(summary)}</p>"]
+    if left := summary.get("left"):
+        body += ["<h2>Left as they were</h2>", _left_table(left)]
     changed = [t for t in tensors if float(t["relative_error"]) > 0]
     if changed:
         body += [
@@ -133,6 +141,18 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<td class=n>{_error(float(t['relative_error']))}<td class=n>{_decibel(t)}"
         f"<td class=n>{float(t.get('clipped', 0)):.2%}<td class=n>{float(t.get('zeros', 0)):.2%}"
         for t in rows
+    ]
+    return "<table>" + "\n".join([head, *lines]) + "</table>"
+
+
+def _left_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Alike ones in one row."""
+    groups = Counter((kind_of(str(r["name"]))[1], tuple(r["shape"]), str(r["reason"])) for r in rows)
+    head = "<tr><th>kind<th class=n>weights<th>shape<th>why they are not quantized"
+    lines = [
+        f"<tr><td><code>{html.escape(kind)}</code><td class=n>{count}<td>{' × '.join(map(str, shape))}"
+        f"<td>{html.escape(reason)}"
+        for (kind, shape, reason), count in groups.items()
     ]
     return "<table>" + "\n".join([head, *lines]) + "</table>"
 

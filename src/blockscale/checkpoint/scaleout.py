@@ -24,7 +24,7 @@ import torch
 from ..errors import BlockscaleError, CheckpointError
 from .errors import DestinationError, InexactError, NotFiniteError
 from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards, tell_start
-from .report import error_summary
+from .report import error_summary, left_alone
 from .shards import Shard
 
 Planner = Callable[[Path, Path, Any], Job]
@@ -39,7 +39,8 @@ def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int
     """Plan and run a job: under torchrun with its ranks, otherwise with `workers` processes.
 
     The last event is {"event": "done", path, existed, shards, kept, tensors, and of what was measured: measured,
-    mean_relative_error, max_relative_error, worst}. Raises what the job raises, from whichever process.
+    mean_relative_error, max_relative_error, worst; left: names of what one would expect to be quantized, and is not}.
+    Raises what the job raises, from whichever process.
     """
     if workers < 1:
         raise BlockscaleError(f"workers: needs at least 1, got {workers}")
@@ -60,7 +61,15 @@ def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int
 
 def _tell_done(result: Result, listen: Listener) -> None:
     said = {"path": str(result.path), "existed": result.existed, "shards": result.shards, "kept": result.kept}
-    listen({"event": "done", **said, "tensors": len(result.records), **error_summary(result.records)})
+    listen(
+        {
+            "event": "done",
+            **said,
+            "tensors": len(result.records),
+            **error_summary(result.records),
+            "left": [left["name"] for left in left_alone(result.records)],
+        }
+    )
 
 
 def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:

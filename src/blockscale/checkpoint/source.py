@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .checksum import Checksum
 from .byteio import ByteReader
+from .checksum import Checksum
 from .header import TensorInfo
+from .stacks import matrices
 
 SLAB = 1 << 20
 """Elements read at a time (2 MB of BF16): what is read is still in a cache when it is quantized, summed
@@ -31,6 +32,9 @@ class SourceTensor(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+    def matrices(self) -> Iterator[SourceTensor]:
+        """The matrices of a stack, each a tensor of its own; a matrix is its only one."""
+
     def stream(self, multiple: int = 1, again: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows `[n, cols]`) of each of `slabs`, in order; overwritten when the next are asked for.
 
@@ -59,6 +63,9 @@ class FileTensor:
     @property
     def nbytes(self) -> int:
         return self.info.nbytes
+
+    def matrices(self) -> Iterator[FileTensor]:
+        yield from map(FileTensor, matrices(self.info))
 
     def stream(self, multiple: int = 1, again: bool = False) -> Iterator[tuple[int, Tensor]]:
         rows, cols = folded(self.info.shape)

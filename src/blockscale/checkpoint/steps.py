@@ -5,6 +5,7 @@ A step knows what it will write before it reads anything, so a shard can be laid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,6 +24,7 @@ from .header import DTYPES
 from .names import module_of
 from .search import searched_scale
 from .source import SourceTensor, checksum, slabs
+from .stacks import FLOATS
 from .stats import Stats
 from .writer import Spec
 
@@ -50,11 +52,13 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor as it is, perhaps under another name or in another float dtype."""
+    """A tensor as it is, perhaps under another name or in another float dtype. left: why it was not quantized, where
+    one would expect that it is."""
 
     source: SourceTensor
     rename: str | None = None
     dtype: str | None = None
+    left: str = ""
 
     @property
     def name(self) -> str:
@@ -74,7 +78,8 @@ class Copy:
             total.update(piece)
             write(out.name, piece if self.dtype is None else piece.to(DTYPES[self.dtype]))
             advance(piece.numel() * piece.element_size())
-        return {"name": out.name, "step": "copy", "checksum": total.hexdigest()}
+        record = {"name": out.name, "step": "copy", "checksum": total.hexdigest()}
+        return record | ({"left": self.left, "shape": list(out.shape)} if self.left else {})
 
     def checksum(self) -> str:
         return checksum(self.source)
@@ -82,7 +87,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Quantize:
-    """A float matrix to block-scaled tensors: bytes equal to `reference.quantize` of the whole matrix.
+    """A float matrix, or a stack of them, to block-scaled tensors: bytes equal to `reference.quantize` of each matrix.
 
     keep_nan: store NaN and infinities as the format does, instead of refusing. search: MSE-searched scales.
     report: measure a "sample" of the elements, all ("full"), or "none".
@@ -117,28 +122,38 @@ class Quantize:
         return self.encoding.format.block[0] or 1
 
     def run(self, write: Write, advance: Advance) -> dict[str, Any]:
-        fmt, shape, names = self.encoding.format, self.source.shape, self.encoding.parts(self.module)
-        whole = self._whole_scale()
-        total = Checksum()
-        stats = None
+        fmt, shape, names = (
+            self.encoding.format,
+            self.source.shape,
+            self.encoding.parts(self.module, stacked=self._stacked),
+        )
+        sources = list(self.source.matrices())
+        stats, total, i = None, Checksum(), 0
         if self.report != "none":
-            count = sum(1 for _ in slabs(shape, self._multiple))
-            stats = Stats(shape[0] * shape[1], count, self.report == "full")
-        for i, (begin, x) in enumerate(self.source.stream(self._multiple)):
-            total.update(x)
-            q = self._quantize(x, whole)
-            self._check_finite(x, q, begin)
-            if stats is not None:
-                stats.add(x, q, i)
-            parts = self.encoding.tensors(self.module, q)
-            write(names.data, parts[names.data])
-            if i == 0 or fmt.block[0] is not None:
-                write(names.scale, parts[names.scale])
-            if i == 0 and names.global_scale:
-                write(names.global_scale, parts[names.global_scale])
-            advance(x.numel() * x.element_size())
+            count = sum(1 for source in sources for _ in slabs(source.shape, self._multiple))
+            stats = Stats(math.prod(shape), count, self.report == "full")
+        for source in sources:
+            whole = self._whole_scale(source)
+            for begin, x in source.stream(self._multiple):
+                total.update(x)
+                q = self._quantize(x, whole)
+                self._check_finite(source.name, x, q, begin)
+                if stats is not None:
+                    stats.add(x, q, i)
+                parts = self.encoding.tensors(self.module, q, self._stacked)
+                write(names.data, parts[names.data])
+                if begin == 0 or fmt.block[0] is not None:
+                    write(names.scale, parts[names.scale])
+                if begin == 0 and names.global_scale:
+                    write(names.global_scale, parts[names.global_scale])
+                advance(x.numel() * x.element_size())
+                i += 1
         record = {"name": self.module, "step": "quantize", "format": fmt.name, "shape": list(shape)}
         return record | {"checksum": total.hexdigest()} | (stats.result() if stats is not None else {})
+
+    @property
+    def _stacked(self) -> bool:
+        return len(self.source.shape) > 2
 
     def checksum(self) -> str:
         return checksum(self.source, self._multiple)
@@ -154,13 +169,13 @@ class Quantize:
             scale = storable_scale(x, self.encoding) if whole is None else whole.to(_given_dtype(self.encoding))
         return ops.quantize(x, fmt, scale=scale)
 
-    def _whole_scale(self) -> Tensor | None:
+    def _whole_scale(self, source: SourceTensor) -> Tensor | None:
         """What must be known of the whole matrix before its first slab: NVFP4's global scale, a per-tensor scale."""
         fmt = self.encoding.format
         if not fmt.two_level and fmt.block[0] is not None:
             return None
         amax = torch.zeros(())
-        for _, x in self.source.stream(self._multiple, again=True):
+        for _, x in source.stream(self._multiple, again=True):
             magnitude = x.float().abs()
             amax = torch.maximum(amax, torch.where(magnitude < torch.inf, magnitude, 0.0).amax())
         if fmt.two_level:
@@ -168,7 +183,7 @@ class Quantize:
         scale = reference.round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
         return reference.store_scale(scale.reshape(1, 1), fmt)
 
-    def _check_finite(self, x: Tensor, q: BlockScaled, first_row: int) -> None:
+    def _check_finite(self, name: str, x: Tensor, q: BlockScaled, first_row: int) -> None:
         """NaN and infinities show in the result, which has fewer bytes to look at; only then is the slab searched."""
         if self.keep_nan or not _holds_nan(q):
             return
@@ -176,7 +191,7 @@ class Quantize:
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
             raise NotFiniteError(
-                f"{self.source.name}: {x[row, col].item()} at [{first_row + row}, {col}] "
+                f"{name}: {x[row, col].item()} at [{first_row + row}, {col}] "
                 f"({int(bad.sum())} such elements in its slab); --nan keep stores them as NaN"
             )
 
@@ -195,4 +210,4 @@ def _given_dtype(encoding: Encoding) -> torch.dtype:
 
 def is_matrix(source: SourceTensor) -> bool:
     """Whether a tensor can be block-scaled at all: a non-empty float matrix."""
-    return len(source.shape) == 2 and 0 not in source.shape and source.dtype in ("F32", "BF16", "F16", "F64")
+    return len(source.shape) == 2 and 0 not in source.shape and source.dtype in FLOATS

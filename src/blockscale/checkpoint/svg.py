@@ -11,7 +11,7 @@ Dots = Mapping[str, Sequence[tuple[float, float]]]
 Bars = Mapping[int, int]
 
 WIDTH, HEIGHT = 900, 330
-LEFT, BOTTOM, TOP, RIGHT = 70, 46, 12, 250
+LEFT, BOTTOM, TOP, RIGHT = 84, 46, 12, 250
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4f9d", "#8c8c00", "#444444", "#a0522d")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, and three more."""
 
@@ -40,7 +40,7 @@ def dots(series: Dots, x_label: str, y_label: str) -> str:
         if i < 16:
             y = TOP + 10 + 18 * i
             parts.append(_mark(right + 18, y - 4, 4, colour, turn))
-            parts.append(_text(right + 28, y, name if len(name) <= 34 else "…" + name[-33:], "start"))
+            parts.append(_text(right + 28, y, _shortened(name), "start"))
     if len(ordered) > 16:
         parts.append(_text(right + 28, TOP + 10 + 18 * 16, f"… and {len(ordered) - 16} more", "start"))
     return _svg(parts, f"{y_label} by {x_label}")
@@ -51,7 +51,7 @@ def bars(counts: Bars, x_label: str, y_label: str) -> str:
     if not counts:
         return "<p>none</p>"
     low, high = min(counts), max(counts)
-    top = max(counts.values()) * 1.08
+    top = max(counts.values()) * 1.1
     right = WIDTH - 12
     parts = _frame(right, _ticks(0.0, top), (0.0, top), x_label, y_label)
     width = (right - LEFT) / (high - low + 1)
@@ -62,9 +62,16 @@ def bars(counts: Bars, x_label: str, y_label: str) -> str:
         parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{thin:.1f}" height="{HEIGHT - BOTTOM - y:.1f}" fill="{COLOURS[0]}"/>'
         )
+        if counts.get(key) and high - low < 20:  # a bar of one beside one of a million is not seen
+            parts.append(_text(x + thin / 2, y - 4, _number(counts[key]), "middle"))
     for tick in _whole_ticks(low, high):
         parts.append(_text(LEFT + (tick - low + 0.5) * width, HEIGHT - BOTTOM + 17, f"{tick:g}", "middle"))
     return _svg(parts, f"{y_label} by {x_label}")
+
+
+def _shortened(name: str) -> str:
+    """What fits beside the plot: kinds differ at both ends."""
+    return name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}"
 
 
 def _mark(x: float, y: float, size: float, colour: str, turn: int) -> str:

@@ -7,6 +7,7 @@ tensor may then arrive in turn. The file gets its name only when every byte is o
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checksum import Checksum
 from .byteio import ByteReader, ByteWriter, byte_view
+from .checksum import Checksum
 from .header import DTYPES, read_header
 
 PARTIAL = ".partial"
@@ -98,13 +99,23 @@ class ShardWriter:
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             with naming(self.path):
-                os.posix_fallocate(self._fd, 0, self.size)  # a full disk says so now; and writing is quicker
+                self._take_room()
                 self._out = ByteWriter(self._fd)
                 self._out.write(self._head, 0)
         except BaseException:
             self._abandon()
             raise
         return self
+
+    def _take_room(self) -> None:
+        """So that a full disk says so now; and writing is quicker."""
+        try:
+            os.posix_fallocate(self._fd, 0, self.size)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            free = shutil.disk_usage(self.path.parent).free
+            raise OSError(e.errno, f"{e.strerror}, needs {self.size} bytes, {free} are free") from e
 
     @property
     def _temporary(self) -> Path:

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from ..checkpoint import Checkpoint, StoredLayer
 from ..parallel.errors import PlanError
-from ..parallel.planner import plan_sharding
 from ..parallel.plan import ShardingPlan
+from ..parallel.planner import plan_sharding
 from ..policy import Policy
 
 RANKS = range(1, 17)
 
 Fit = Literal["whole", "aligned", "inside", "unused"]
-"""whole: on every rank. aligned: cut, and every rank gets whole blocks. inside: a block, or an activation group, is cut,
-and what belongs to it is kept on both sides. unused: not part of the model that runs."""
+"""whole: on every rank. aligned: cut, and every rank gets whole blocks. inside: a block, or an activation group, is
+cut, and what belongs to it is kept on both sides. unused: not part of the model that runs."""
 
 
 def verdicts(checkpoint: Checkpoint, policy: Policy) -> list[dict[str, Any]]:

@@ -20,8 +20,10 @@ def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dic
     transformers and a tokenizer in `a`. Both models are in memory at once.
     """
     integration()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of texts longer than the context: cut below
     ids = AutoTokenizer.from_pretrained(a)(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise CheckpointError(f"verify --logits: the text has {ids.numel()} tokens, needs at least 2")

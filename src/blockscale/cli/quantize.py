@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from ..checkpoint import open_checkpoint, quantize_checkpoint
 from ..checkpoint.job import Result
+from ..checkpoint.report import left_alone
 from ..errors import BlockscaleError
 from ._output import console
 from ._progress import first_rank, listening
@@ -76,6 +79,7 @@ def show_result(result: Result) -> None:
     if result.existed:
         out.print(f"{result.path}: complete already, left as it is", highlight=False)
         return
+    _show_left(left_alone(result.records))
     measured = [r for r in result.records if "relative_error" in r]
     kept = f", {result.kept} of them from an earlier run" if result.kept else ""
     out.print(f"{result.path}: {len(result.records)} tensors in {result.shards} files{kept}", highlight=False)
@@ -84,6 +88,16 @@ def show_result(result: Result) -> None:
         mean = sum(float(r["relative_error"]) for r in measured) / len(measured)
         line = f"{len(measured)} quantized, relative error {mean:.4f} on average, worst {worst['relative_error']:.4f}"
         out.print(f"{line} ({worst['name']})", highlight=False)
+
+
+def _show_left(left: list[dict[str, Any]]) -> None:
+    """What one would expect to be quantized and is not, on stderr: alike ones in one line."""
+    kinds: dict[tuple[str, str], int] = {}
+    for found in left:
+        key = (re.sub(r"\.\d+(?=\.|$)", ".*", str(found["name"])), str(found["reason"]))
+        kinds[key] = kinds.get(key, 0) + 1
+    for (name, reason), count in kinds.items():
+        print(f"warning: NOT quantized: {name} ({count} of them): {reason}", file=sys.stderr)
 
 
 def parse_size(text: str) -> int:

@@ -27,8 +27,8 @@ def register(app: typer.Typer) -> None:
         ] = None,
         logits: Annotated[bool, typer.Option("--logits", help="Run both models on --text too.")] = False,
         text: Annotated[Path | None, typer.Option(help="Text file for --logits.")] = None,
-        tokens: Annotated[int, typer.Option(help="Tokens a chunk for --logits.")] = 512,
-        chunks: Annotated[int, typer.Option(help="Chunks for --logits.")] = 4,
+        tokens: Annotated[int, typer.Option(help="Tokens that a model sees at once, for --logits.")] = 512,
+        chunks: Annotated[int, typer.Option(help="How many such pieces of the text, for --logits.")] = 4,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Structure, bytes, the values of each weight and the quantization configs; nothing is held whole in memory.

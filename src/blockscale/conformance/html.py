@@ -10,7 +10,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td:first-child code { white-space: nowrap }
 .bad { color: #b00020; font-weight: 600 } .good { color: #1b6e2d; font-weight: 600 }
 code { font-size: 13px; overflow-wrap: anywhere }
 """
@@ -41,7 +42,8 @@ def page(report: Report) -> str:
             f"<table><tr><th>platform</th><td><code>{escape(report.platform)}</code></td></tr>{''.join(facts)}</table>",
             "<h2>Kernels</h2><p>Error over bound: 1 is what the arithmetic allows (docs/conformance.md). Quantize ops "
             "are compared byte by byte: 0.</p>",
-            "<table><tr><th>kernel<th>cases<th>failed<th>worst error / bound<th>worst row, relative<th>its case</tr>",
+            "<table><tr><th>kernel<th class=n>cases<th class=n>failed<th class=n>worst error / bound"
+            "<th class=n>worst row, relative<th>its case</tr>",
             *kernels,
             "</table>",
             "<h2>Failures</h2>" if failures else "",

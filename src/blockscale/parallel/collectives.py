@@ -82,12 +82,13 @@ class Group:
 
     def sum_in_turns(
         self, multiply: Callable[[int, int], Tensor], rows: int, width: int, sums: torch.dtype, dtype: torch.dtype, *,
-        bias: Tensor | None = None, scatter: bool = False,
+        bias: Tensor | None = None, scatter: bool = False, met: bool = False,
     ) -> Tensor:  # fmt: skip
         """The sum over ranks of `multiply(begin, end)`, addends `[end - begin, width]` in dtype `sums`, for all rows.
 
         Rows that another rank keeps are multiplied first and travel while this rank's own are multiplied. scatter:
-        only this rank's share of the rows (`cuts.shares`) is returned.
+        only this rank's share of the rows (`cuts.shares`) is returned. met: rows gathered in this group have arrived
+        since its last large sum, so that every rank is known to be done with that one.
         """
         raise NotImplementedError
 

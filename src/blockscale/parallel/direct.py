@@ -90,7 +90,7 @@ class DirectGroup(Group):
 
     def sum_in_turns(
         self, multiply: Callable[[int, int], Tensor], rows: int, width: int, sums: torch.dtype, dtype: torch.dtype, *,
-        bias: Tensor | None = None, scatter: bool = False,
+        bias: Tensor | None = None, scatter: bool = False, met: bool = False,
     ) -> Tensor:  # fmt: skip
         memory, (begin, end) = self._memory, shares(rows, self.size)[self.rank]
         y = torch.empty(end - begin if scatter else rows, width, dtype=dtype, device=memory.addresses.device)
@@ -98,6 +98,9 @@ class DirectGroup(Group):
         for now in self._rounds(rows, width, max(sums.itemsize, dtype.itemsize)):
             first, last = now[self.rank]
             kept = y[first - begin : last - begin] if scatter else y[first:last]
+            if not met:
+                memory.barrier()  # nobody reads what lay in the slots any more
+            met = False
             for at, part in self._send_parts(multiply, now, width, sums):
                 row = at - first
                 own = kept[row : row + part.shape[0]]
@@ -130,7 +133,6 @@ class DirectGroup(Group):
     ) -> list[tuple[int, Tensor]]:
         """Everybody's rows multiplied and those of others sent; this rank's own: (first row, addends)."""
         memory, sent, mine = self._memory, list[Tensor](), list[tuple[int, Tensor]]()
-        memory.barrier()  # nobody reads what lay in the slots any more
         for begin, end in turns.regions(now, self.rank, width, self._processors):
             part = multiply(begin, end)
             sent.append(part)

@@ -139,6 +139,8 @@ class RowParallelLinear(Linear):
     weight: this rank's part, guard columns included. part: what it is of the whole. bias: the whole one.
     scatter: every rank keeps only its share of the rows of the result (their number must divide by the ranks).
     chunks: the rows are worked on in so many pieces, and one piece is added up while the next is multiplied.
+    met: a promise that before each call rows gathered in this group arrive (tokens that lie on all ranks between
+    layers): large sums through shared memory then begin without waiting for the other ranks.
 
     forward: `x: [..., k]`, this rank's columns -> `[..., N]` in x's dtype (`[rows / ranks, N]` for scatter).
     Differs from one device by the order of an fp32 sum.
@@ -153,10 +155,11 @@ class RowParallelLinear(Linear):
         part: Piece,
         scatter: bool = False,
         chunks: int = 1,
+        met: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(weight, bias, **options)
-        self.group, self.part, self.scatter, self.chunks = group, part, scatter, chunks
+        self.group, self.part, self.scatter, self.chunks, self.met = group, part, scatter, chunks, met
         if self.in_features != part.part_shape[1]:
             raise ShapeError(f"RowParallelLinear: weight {list(weight.shape)} is not the part {part.part_shape}")
 
@@ -191,7 +194,9 @@ class RowParallelLinear(Linear):
         """The layer's result from `multiply(begin, end)`, which makes this rank's addend for those rows."""
         group, width, sums = self.group, self.out_features, self.numerics.sum_dtype
         if group.takes_turns(rows, width, sums):
-            return group.sum_in_turns(multiply, rows, width, sums, dtype, bias=self.bias, scatter=self.scatter)
+            return group.sum_in_turns(
+                multiply, rows, width, sums, dtype, bias=self.bias, scatter=self.scatter, met=self.met
+            )
         each = max(1, -(-rows // self.chunks))
         bounds = [(b, min(b + each, rows)) for b in range(0, rows, each)] or [(0, 0)]
         started = [self.start(multiply(b, e), dtype) for b, e in bounds]

@@ -82,6 +82,19 @@ def test_rows_of_subnormal_x_lose_nothing_beside_ordinary_weights(isa, m, dtype)
     assert worst_row(y, exact(x, w, None, WEIGHT_ONLY)) < 1e-6
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["fp8_128x128", "fp8e5m2_128x128", "mxfp4"])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_what_an_earlier_call_left_in_scratch_memory_is_not_read(isa, m, name, dtype):
+    wide = reference.quantize(torch.randn(8, 2048), get_format(name))
+    bad = torch.full((m, 2048), torch.nan, dtype=dtype)
+    assert native.linear(problem(wide, bad), bad, wide, None).isnan().all()
+    for k in (64, 576, 580, 700):  # odd and ragged numbers of vectors
+        w, x = reference.quantize(torch.randn(8, k), get_format(name)), torch.randn(m, k).to(dtype)
+        y = native.linear(problem(w, x, out=F32), x, w, None)
+        assert worst_row(y, exact(x, w, None, WEIGHT_ONLY)) < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(1, 300), (2, 3, 300), (300,)])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
 def test_a_bound_call_is_the_same_call(isa, shape, dtype):

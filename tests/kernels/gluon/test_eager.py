@@ -63,6 +63,8 @@ def test_a_call_is_prepared_once_for_each_stream_and_number_of_rows(card, w):
     assert call(w, torch.zeros(3, 512, dtype=torch.bfloat16)[:, :256]) is not first  # rows further apart
     with_bias = {call(w, x, torch.zeros(192, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)}
     assert len(with_bias | {first}) == 3  # a kernel is compiled for the dtype of its bias
+    at_the_same_address = BlockScaled.trusted(w.data, w.scale.view(torch.int32), w.format, "row", w.shape)
+    assert call(at_the_same_address, x) == "through triton"  # what lies there now is read by its own dtype
     card.stream = 8
     other = call(w, x)
     assert other is not first
@@ -137,7 +139,7 @@ def test_whose_stream_it_is(monkeypatch, handle, number, external):
 def test_the_result_has_the_dtype_that_the_kernel_writes(out, n):
     """Partial sums of bf16 x are fp32: a result in x's dtype would be half as long as what is written."""
     call = object.__new__(eager.Prepared)
-    call.problem, call.m, call.n, call.y_cols = SimpleNamespace(out_dtype=out), 3, n, 16
+    call.out_dtype, call.m, call.n, call.y_cols = out, 3, n, 16
     call.kept, call.y_map = object(), None
     call.x_address, call.y_address = SimpleNamespace(value=0), SimpleNamespace(value=0)
     call.quantize = call.multiply = SimpleNamespace(enqueue=lambda: 0)

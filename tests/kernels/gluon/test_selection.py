@@ -25,7 +25,9 @@ from blockscale.reference import quantize
         (128, 512, 7168, "wide-32o-u14-p3-g1-s2-x1-y64"),
         (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
         (512, 18432, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),
-        (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128"),
+        (4096, 4096, 7168, "wide-256t-u4-p1-g2-s1-x1-y64"),
+        (4096, 7168, 2048, "wide-256l-u4-p1-g2-s1-x1-y128"),
+        (4096, 32768, 512, "wide-256l-u4-p1-g2-s1-x1-y128-t32"),
         (4096, 2112, 7168, "wide-192s-u8-p1-g2-s1-x1-y192"),  # 11 columns of tiles, all full
         (512, 4096, 512, "wide-128o-u4-p1-g2-s1-x1-y128-late"),
     ],

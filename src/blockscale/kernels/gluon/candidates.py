@@ -1,7 +1,8 @@
 """Configurations that are worth a thought for a shape, and what a model expects of each. Pure.
 
-The model: waves of tiles, each as long as its slowest part, multiplying or reading memory; constants from one H100 and
-one H200 (bench/results/hopper-notes.md). It ranks; only a measurement decides (`blockscale tune`).
+The model: the waves' multiplying beside all reading, and what nothing hides: the launch, the end of the last tile, the
+sum of cut tiles. Constants from one H100 (bench/results/hopper-notes.md). It ranks; only a measurement decides
+(`blockscale tune`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from .config import Config, Swap, Wide, ceil_div, wide_grid
 
 MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they stand
+LONG_K = 4096  # from here on weight scales by TMA are 1-3 % faster than by plain loads
 READ_US = 1 / 3.16e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
 READ_SM_US = 1 / 40e3
@@ -92,6 +94,12 @@ def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float
     return swap_us(config, m, n, k, sm_count)
 
 
+def _widest(k: int) -> Wide:
+    """Tiles of 256 columns: with short K, what counts is not to wait for stores."""
+    unroll = _unroll(ceil_div(k, 128), 4, 1)
+    return Wide(256, unroll, 1, 2, 1, "l", staging=128) if k < LONG_K else Wide(256, unroll, 1, 2, 1, "t")
+
+
 def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
     blocks = ceil_div(k, 128)
     two = 2 if blocks % 2 == 0 else 1
@@ -116,7 +124,7 @@ def _wide(m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
         for parts in (1, 2, 3) if m <= 512 else (1,):
             yield Wide(128, _unroll(blocks, 8, 1), parts, 2, 1, staging=128)
         yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=192)
-        yield Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "l", staging=128)
+        yield _widest(k)
     if 128 < m <= 1024:
         yield Wide(128, _unroll(blocks, 8, two), 1, 1, two)
     if 64 < m <= 256:
@@ -164,8 +172,8 @@ def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Co
         more += [replace(config, pdl=False), replace(config, early=False)]
     if m >= 1024:  # many waves: how a tile is walked counts more than how it starts
         more += [
-            Wide(256, _unroll(blocks, 8, 1), 1, 2, 1, "l", staging=128),
-            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t", pdl=False),
+            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "l", staging=128),
+            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t"),
             Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, "t", staging=128, pdl=False),
         ]
         if k <= 1024 or n <= 2304:

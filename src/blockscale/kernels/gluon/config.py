@@ -38,6 +38,7 @@ class Wide:
     per_sm: programs that share an SM.
     staging: columns of y that a warpgroup can stage in shared memory; with all of a tile's it never waits for a store.
     pdl: start while the kernel before drains (programmatic dependent launch). early: and fetch weights meanwhile.
+    together: rows of tiles that are walked together, see `wide_tiles.py`; 0 for as many as make a wave nearly square.
     """
 
     bn: int
@@ -50,9 +51,11 @@ class Wide:
     staging: int = 64
     pdl: bool = True
     early: bool = True
+    together: int = 0
 
     def __str__(self) -> str:
-        tail = "-nopdl" if not self.pdl else "" if self.early else "-late"
+        tail = f"-t{self.together}" if self.together else ""
+        tail += "-nopdl" if not self.pdl else "" if self.early else "-late"
         return (
             f"wide-{self.bn}{self.way}-u{self.unroll}-p{self.parts}-g{self.groups}-s{self.step}-x{self.per_sm}"
             f"-y{self.staging}{tail}"
@@ -98,16 +101,15 @@ class Wide:
         cap = min(224, 65536 // (256 * self.per_sm) // 8 * 8)
         return cap, min(240, (cap * 3 - 24) // 2 // 8 * 8)
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows of tiles that are walked together."""
+        return self.together or (16 if self.bn >= 128 * self.groups else 8)
+
     def x_rows(self, m: int) -> int:
         """Rows of x that one TMA request brings: no more than there are, for TMA writes every row that it is asked for.
         wgmma multiplies what lies in the others all the same, and those rows of y are dropped."""
         return 64 if self.groups == 3 else min(64 * self.groups, max(8, 1 << (m - 1).bit_length()))
-
-    def together(self, k: int) -> int:
-        """Rows of tiles that are walked together, `wide_tiles.py`."""
-        import os
-        if t := os.environ.get("HOP_T"): return int(t)
-        return 16 if self.bn >= 128 * self.groups else 8
 
     def tiles(self, m: int, n: int) -> int:
         return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)
@@ -211,7 +213,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(-nopdl|-late)?"
+    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(?:-t(\d+))?(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 
@@ -225,7 +227,7 @@ def parse(text: str) -> Config:
     if match[1]:
         bn, way, *rest = match.groups()[:8]
         unroll, parts, groups, step, per_sm, staging = map(int, rest)
-        pdl, early = match[9] != "-nopdl", match[9] is None
-        return Wide(int(bn), unroll, parts, groups, step, way, per_sm, staging, pdl, early)
-    tokens, groups, split, per_sm, step = map(int, match.groups()[9:14])
-    return Swap(tokens, groups, split, per_sm, step, pdl=not match[15])
+        pdl, early = match[10] != "-nopdl", match[10] is None
+        return Wide(int(bn), unroll, parts, groups, step, way, per_sm, staging, pdl, early, int(match[9] or 0))
+    tokens, groups, split, per_sm, step = map(int, match.groups()[10:15])
+    return Swap(tokens, groups, split, per_sm, step, pdl=not match[16])

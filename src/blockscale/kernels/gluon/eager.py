@@ -54,7 +54,7 @@ class Prepared:
         self.parts_at = self.scale_at + ceil_div(groups * ld * 4, 128) * 128
         self.splits = floats(config, m, n, k, sms)
         self.bytes = self.parts_at + 4 * self.splits
-        self.device = x.device
+        self.device, self.out_dtype = x.device, problem.out_dtype
         self.kept = _scratch(x.device, stream, self.bytes)
         scratch = self._allocate() if self.kept is None else self.kept
         data = scratch[: m * k].view(torch.float8_e4m3fn).view(m, k)
@@ -77,9 +77,12 @@ class Prepared:
 
     def __call__(self, x: Tensor, x_address: int, bias: Tensor | None) -> Tensor:
         """x: [..., K], its M rows one after another from `x_address`."""
-        shape = (self.m, self.y_cols) if x.dim() == 2 else (*x.shape[:-1], self.y_cols)
-        out = self.problem.out_dtype  # not always x's: a partial sum over ranks is fp32
-        y = x.new_empty(shape) if out is x.dtype else x.new_empty(shape, dtype=out)
+        if self.out_dtype is not x.dtype:  # a partial sum over ranks is fp32
+            y = x.new_empty((*x.shape[:-1], self.y_cols), dtype=self.out_dtype)
+        elif x.dim() == 2:
+            y = x.new_empty(self.m, self.y_cols)  # numbers, not a tuple: torch reads them in a third less time
+        else:
+            y = x.new_empty(*x.shape[:-1], self.y_cols)
         self.x_address.value = x_address
         if bias is not None:
             self.bias_address.value = bias.data_ptr()
@@ -166,10 +169,11 @@ class Linear:
             return self._elsewhere(x.contiguous(), data, scale, bias, m)
         if _device() != device or _captures():
             return self._elsewhere(x, data, scale, bias, m)
-        # kernels are compiled for a bias's dtype, and for aligned or unaligned addresses
+        # kernels are compiled for the dtypes of scales and bias, and for aligned or unaligned addresses; another tensor
+        # may come to lie where a weight's were
         address, stream = x.data_ptr(), _stream(device)
         added = None if bias is None else (bias.dtype, bias.data_ptr() % 16)
-        key = (data.data_ptr(), scale.data_ptr(), m, distance, address % 16, added, stream)
+        key = (data.data_ptr(), scale.data_ptr(), scale.dtype, m, distance, address % 16, added, stream)
         prepared = _kept.prepared.get(key)
         if prepared is None or prepared.problem is not self.problem:
             if scale.dtype not in _READ_AS_STORED or is_external(x.device):

@@ -13,6 +13,7 @@ from .config import Config, Wide, ceil_div, parse
 _EARLY_ROWS = 256
 _MANY_ROWS = 1024
 _SHORT_K = 1024  # a launch of so few k-blocks gains by starting early all the same, with nothing fetched
+_ALL_X = 32  # rows of tiles of such a launch: their x stays in L2 while w is read once
 
 
 def by_rule(m: int, n: int, k: int, sm_count: int) -> Config:
@@ -20,7 +21,8 @@ def by_rule(m: int, n: int, k: int, sm_count: int) -> Config:
     best = ranked(m, n, k, sm_count)[0]
     if isinstance(best, Wide):
         early = m <= _EARLY_ROWS or best.bn == 256 or (best.bn == 192 and m > _MANY_ROWS)
-        return replace(best, pdl=early or k <= _SHORT_K, early=early)
+        together = _ALL_X if k <= _SHORT_K and best.bn == 256 else 0
+        return replace(best, pdl=early or k <= _SHORT_K, early=early, together=together)
     return best
 
 

@@ -120,20 +120,22 @@ def _consumer(
                       num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-                 num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K,
-                 HAS_BIAS)  # fmt: skip
+                 num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
+                 STREAM_K, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
 def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
-    together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr,
-    STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
+    STREAM_K: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
-    together: rows of tiles that are walked together, see `wide_tiles.py`. full_waves: waves of whole tiles; with STREAM_K the tiles past them are cut and dealt to `dealt` programs.
+    together: rows of tiles that are walked together, see `wide_tiles.py`. full_waves: waves of whole tiles; with
+    STREAM_K the tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
@@ -167,17 +169,17 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
-                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
+                             PIECES, SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
@@ -186,11 +188,11 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
-                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
+                             PIECES, SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [1],
             [24],
@@ -199,14 +201,14 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1, GROUPS,
-                             PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
+                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES,
-                             SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
+                             empty, xs_ld, ws_ld, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
+                             PIECES, SCALE_ROWS, STEP, STAGES, WAY, STREAM_K, PDL, EARLY)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
@@ -245,7 +247,7 @@ def launch(
         w_scale.stride(0),
         m,
         n,
-        config.together(k),
+        config.tile_rows,
         ceil_div(k, 128) // config.step,
         grid.full_waves,
         max(grid.dealt, 1),

@@ -20,7 +20,7 @@ from ...platform import detect
 from .config import Config, Wide, parse
 
 _START_SECONDS = 30.0  # until a worker has imported torch, with many starting at once
-_SILENT_SECONDS = 25.0
+_SILENT_SECONDS = 45.0
 
 
 def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:

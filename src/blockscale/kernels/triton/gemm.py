@@ -26,7 +26,8 @@ from .tma_kernels import tma_kernel
 
 _TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
-"""From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them."""
+"""From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them: the codes, whose
+scales stay apart, and in slices (`tuning.decoded_rows`), so that a call needs memory for one slice only."""
 
 
 def linear(
@@ -80,9 +81,9 @@ def matmul(
     y = x_data.new_empty((m, n), dtype=out_dtype)
     rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path == "decoded" else max(n, 1)
     for first in range(0, n, rows):
-        columns = y[:, first : first + rows]
+        columns = y if rows >= n else y[:, first : first + rows]
         chosen = tile or gemm_tile(path, m, columns.shape[1], k, how.span, platform, invariant=invariant)
-        part, bias_part = _rows(w, first, columns.shape[1]), None if bias is None else bias[first : first + rows]
+        part, bias_part = _rows(w, first, columns.shape[1]), bias if bias is None or rows >= n else bias[first:][:rows]
         _multiply(x, x_data, part, bias_part, columns, how, chosen, platform, tma, tickets)
     return y
 

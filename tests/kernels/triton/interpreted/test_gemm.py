@@ -10,7 +10,7 @@ import triton.language as tl
 from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
-from blockscale.kernels.triton import KERNELS, gemm, operands
+from blockscale.kernels.triton import KERNELS, gemm, operands, tma_kernels
 from blockscale.kernels.triton.tma_kernels import rescaled
 from blockscale.numerics import get_numerics
 from blockscale.tuning import gemm_tile
@@ -93,6 +93,36 @@ def test_one_sum_in_units_of_the_scale_at_hand(factor, right, g):
     assert bool(ok) == right
     rows = torch.arange(20) != (20 if right else 7)
     assert worst_row(y[:20][rows], reference.matmul(xq, w)[rows]) < EXACT
+
+
+@triton.jit
+def added(acc, part, scale):
+    """`ptx.add_scaled_ptx`, which is NVIDIA's assembly."""
+    return acc + part * scale
+
+
+WAYS = [(1, False, 1), (2, False, 1), (1, True, 1), (1, True, 0.0), (1, True, torch.inf)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("halves", "rescaled", "factor"), WAYS)
+def test_block_copies(halves, rescaled, factor, persistent, g, monkeypatch):
+    """Ragged M, N and K in tiles of 32; where one row's scale forbids rescaling, its tile goes the other way."""
+    monkeypatch.setattr(tma_kernels, "add_scaled_ptx", added)
+    xq = reference.quantize(torch.randn(70, 336, generator=g), get_format("fp8_1x128"))
+    w = reference.quantize(torch.randn(40, 336, generator=g), get_format("fp8_128x128"))
+    xq.scale[40, 1] *= factor
+    y, bias, x = torch.full((70, 40), torch.nan), torch.randn(40, generator=g), xq.data.to(F16)
+    whole, part, rows = (gemm._blocks(q, n, 64) for q, n in ((x, 32), (x, 16), (w.data.to(F16), 32)))
+    tma_kernels.tma_kernel[(2 if persistent else 6,)](
+        whole if rescaled else None, part if rescaled or halves == 2 else whole, rows, y, bias, xq.scale, w.scale,
+        None, None, 70, 40, 336, 40, *xq.scale.stride(), *w.scale.stride(), SW_KIND="float", BIAS=True, BM=32, BN=32,
+        BK=64, SPLIT=1, SWAP=False, HALVES=halves, RESCALED=rescaled, GROUP_M=8, STAGES=1, PERSISTENT=persistent,
+    )  # fmt: skip
+    good = torch.arange(70) != (40 if factor == torch.inf else 70)
+    assert worst_row(y[good], (reference.matmul(xq, w) + bias)[good]) < EXACT
+    if factor == torch.inf:
+        assert not torch.isfinite(y[40]).any()
 
 
 GROUPS = [

@@ -51,8 +51,8 @@ NOINLINE static void gemv_special(const Weight<typename A::D>& w, int64_t n, con
   }
 }
 
-// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result. S chunks at a time are summed
-// and then scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
+// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result. S chunks at a time
+// are summed and then scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
 template <class A, int M, int R, int S>
 static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
                       float (&out)[M][R]) {

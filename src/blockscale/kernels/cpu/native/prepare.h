@@ -64,16 +64,13 @@ static void to_integers(float* row, int64_t padded, float* scales) {
 }
 #endif
 
-template <class A>
-INLINE int64_t padded_columns(int64_t k) {
-  return round_up(k, A::kPairs ? kGroup : kChunk<typename A::D>);
-}
+INLINE int64_t padded_columns(int64_t k) { return round_up(k, kGroup); }  // whole stretches of gemv.h, whole groups
 
 template <class A>
 static void prepare_row(const LinearSpec& spec, const LinearCall& call, int64_t m, int headroom, const float* given,
                         float* row, const Prepared& out) {
   typedef typename A::D D;
-  const int64_t k = spec.k, padded = padded_columns<A>(k);
+  const int64_t k = spec.k, padded = padded_columns(k);
   float* scales = A::kPairs ? out.scale + m * out.groups : nullptr;
   read_floats(call.x, spec.x_type, m * k, k, row);
   memset(row + k, 0, (padded + W - k) * 4);
@@ -108,7 +105,7 @@ static float tensor_scale(const LinearSpec& spec, const LinearCall& call, float*
 template <class A>
 static Prepared prepare(const LinearSpec& spec, const LinearCall& call, int headroom) {
   static thread_local Scratch memory, row_memory;
-  const int64_t padded = padded_columns<A>(spec.k);
+  const int64_t padded = padded_columns(spec.k);
   Prepared out;
   out.stride = round_up(padded / (kChunk<typename A::D> / (A::kVectors * W)), 1024) + 16;
   out.groups = A::kPairs ? padded / kGroup : 0;
