@@ -7,8 +7,6 @@ machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not her
 from __future__ import annotations
 
 import ctypes
-import importlib
-import json
 import os
 import platform as _host
 import re
@@ -17,11 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import environment, verdicts
+from . import environment, package_ops, verdicts
 from .errors import BlockscaleError
 from .version import __version__
 
@@ -80,7 +77,7 @@ class Platform:
             raise BlockscaleError(f"platform: got {text!r}, need the chip's generation, e.g. {match['kind']}:{example}")
         features = (f.partition("=") for f in match["features"].split("+") if f)
         described = cls(match["kind"], match["arch"] or "", tuple((name, value) for name, _, value in features))
-        return replace(described, ops=tuple(pair for r in _records() for pair in _recorded_ops(r, described)))
+        return replace(described, ops=tuple(package_ops.recorded(described.value)))
 
     def __str__(self) -> str:
         head = f"{self.kind}:{self.arch}" if self.arch else self.kind
@@ -174,7 +171,7 @@ def _detect(device: torch.device) -> Platform:
     if device.type == "xpu":
         _require(torch.xpu.is_available(), device)
         arch = _xpu_arch(torch.xpu.get_device_properties(device).name)
-        errors, ops = _installed_ops()
+        errors, ops = package_ops.installed()
         verdict = ("scaled_mm", probe_scaled_mm(device))
         return Platform("xpu", arch, (*versions, *errors, verdict), tuple(ops))
     return Platform(device.type, "", tuple(versions))
@@ -218,40 +215,6 @@ def _package_version(name: str) -> str:
     return ""
 
 
-@cache
-def _records() -> tuple[dict[str, Any], ...]:
-    """What we know of packages that bring torch ops: {package, version, import: modules, schemas: {op: schema}}."""
-    return tuple(json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("kernels/*/schemas.json")))
-
-
-def _recorded_ops(record: dict[str, Any], described: Platform) -> list[tuple[str, str]]:
-    """Ops of a described platform: "0.1.16" and no version at all mean the version on record, "0.1.9" is unknown."""
-    version = described.value(record["package"])
-    known = version is not None and f"{record['version']}.".startswith(f"{version}." if version else "")
-    return list(record["schemas"].items()) if known else []
-
-
-def recorded_schema(op: str) -> str | None:
-    """The schema that our adapters know of a package's torch op, None for an op that is not on record."""
-    return next((r["schemas"][op] for r in _records() if op in r["schemas"]), None)
-
-
-def _installed_ops() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(what went wrong, ops that are there) of packages that register torch ops when they are imported."""
-    errors, ops = [], []
-    for record in _records():
-        try:
-            for module in record["import"]:
-                importlib.import_module(module)
-        except ModuleNotFoundError:
-            continue
-        except Exception as e:  # built for another torch, a library is missing, half an installation
-            errors.append((f"{record['package']}.error", f"{e} ".splitlines()[0].replace("+", " plus ").strip()))
-        for op in record["schemas"]:
-            ops += [(op, schema_text(s)) for s in torch._C._jit_get_schemas_for_operator(op)]
-    return errors, ops
-
-
 def probe_scaled_mm(device: torch.device) -> str:
     """Whether torch multiplies FP8 of 1x128 by 128x128 blocks here, by doing it: "row" or "column" (how the scales
     must lie), or "no: " and what happened. Sixteen rows, two blocks each way, every scale another power of two."""
@@ -279,11 +242,6 @@ def probe_scaled_mm(device: torch.device) -> str:
             return lie
         found = "no: it ran and gave wrong numbers"
     return found
-
-
-def schema_text(schema: Any) -> str:
-    """A registered schema as people write it: torch prints unnamed aliases as `Tensor($0! -> )`, unreadably."""
-    return re.sub(r"\(\$\d+(!?) -> \)", r"\1", str(schema))
 
 
 def _cpu_arch() -> str:

@@ -13,7 +13,8 @@ from rich.table import Table
 from .. import environment, registry
 from ..conformance import cases, check
 from ..errors import BlockscaleError
-from ..platform import Platform, detect, recorded_schema
+from ..package_ops import recorded_schema
+from ..platform import Platform, detect
 from ..registry import explain
 from ._output import console, print_json
 

@@ -10,7 +10,8 @@ from blockscale.formats import get_format
 from blockscale.kernels.triton import capability
 from blockscale.kernels.xpu import contract, grouped, multiply
 from blockscale.numerics import get_numerics
-from blockscale.platform import Platform, schema_text
+from blockscale.package_ops import schema_text
+from blockscale.platform import Platform
 from blockscale.registry import Problem, explain, select
 from intel import standin
 
