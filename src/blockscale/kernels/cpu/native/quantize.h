@@ -17,9 +17,32 @@ struct Bf16 { uint16_t u; };
 struct Fp16 { uint16_t u; };
 
 INLINE F widen(const float* p) { return load<F>(p); }
-INLINE F widen(const Bf16* p) { return bits<F>(__builtin_convertvector(load<Halves>(p), U) << 16); }
+INLINE U widen_halves(const void* p) {  // GCC 12's own conversions take vectors apart
+#if defined(__AVX512F__)
+  return bits<U>(_mm512_cvtepu16_epi32(load<__m256i>(p)));
+#elif defined(__AVX2__)
+  return bits<U>(_mm256_cvtepu16_epi32(load<__m128i>(p)));
+#else
+  return __builtin_convertvector(load<Halves>(p), U);
+#endif
+}
+INLINE Bytes low_bytes(I v) {  // of each lane
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const char z = -128;  // zero
+  const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, z, z, z, z, z, z, z, z, z, z, z, z,
+                                        0, 4, 8, 12, z, z, z, z, z, z, z, z, z, z, z, z);
+  const __m256i four = _mm256_shuffle_epi8(bits<__m256i>(v), pick);
+  const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  Bytes to;
+  memcpy(&to, &all, sizeof to);
+  return to;
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
+}
+INLINE F widen(const Bf16* p) { return bits<F>(widen_halves(p) << 16); }
 INLINE F widen(const Fp16* p) {
-  U h = __builtin_convertvector(load<Halves>(p), U);
+  U h = widen_halves(p);
   U magnitude = (h & 0x7FFF) << 13;
   U value = bits<U>(bits<F>(magnitude) * 0x1p112f);
   value = magnitude >= (31u << 23) ? magnitude | 0x7F800000u : value;
@@ -118,9 +141,9 @@ template <class C, bool kOrdinary, class X>
 INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
   const F s = splat(scale);
   int64_t i = 0;
-  for (; i + W <= count; i += W) store(data + i, __builtin_convertvector(encode<C, kOrdinary>(widen(x + i) / s), Bytes));
+  for (; i + W <= count; i += W) store(data + i, low_bytes(encode<C, kOrdinary>(widen(x + i) / s)));
   if (i < count) {
-    Bytes part = __builtin_convertvector(encode<C, kOrdinary>(widen_part(x + i, count - i) / s), Bytes);
+    Bytes part = low_bytes(encode<C, kOrdinary>(widen_part(x + i, count - i) / s));
     memcpy(data + i, &part, count - i);
   }
 }
