@@ -194,6 +194,7 @@ def measure(args: argparse.Namespace, target: Path) -> None:
             "platform": str(detect("cpu")),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
             "load": round(os.getloadavg()[0], 1),
+            "measured": time.strftime("%Y-%m-%d %H:%M"),
             "gigabytes_per_second": bandwidth(threads, args.seconds),
             "microseconds_192x576": overhead(threads),
         }

@@ -58,7 +58,7 @@ def machines(report: Report) -> list[str]:
             f"**{head['isa']}, {head['threads']} thread(s)**",
             "",
             f"- `{head['platform']}`, torch's own kernels for {head['torch_isa']}",
-            f"- load of the machine when it began: {head['load'] or 'not noted'}",
+            f"- measured {head['measured']}, load of the machine when it began: {head['load'] or 'not noted'}",
             f"- GB/s: {gbps}",
             f"- microseconds a call, 192x576, M=1: {micros}",
             "",

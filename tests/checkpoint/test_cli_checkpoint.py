@@ -5,8 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from blockscale.checkpoint.errors import InexactError
@@ -103,14 +101,3 @@ def test_the_message_and_the_exit_code_of_bad_input(llama, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/bad/model.safetensors: header claims")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_stacked_experts_that_stay_are_not_left_unsaid(llama, tmp_path):
-    source = tmp_path / "moe"
-    source.mkdir()
-    weights = {"model.layers.0.mlp.experts.down_proj": torch.randn(4, 64, 64).bfloat16(),
-               "model.layers.0.self_attn.o_proj.weight": torch.randn(64, 64).bfloat16()}  # fmt: skip
-    save_file(weights, source / "model.safetensors")
-    (source / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    assert "NOT quantized: 1 stacks of experts" in run("quantize", source, tmp_path / "out").stdout
-    assert "NOT quantized" not in run("quantize", llama, tmp_path / "dense").stdout

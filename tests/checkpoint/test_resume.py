@@ -155,3 +155,30 @@ def test_a_truncated_shard_names_itself(llama, tmp_path):
     os.truncate(shard, shard.stat().st_size - 10)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: .*truncated, or the header lies"):
         quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
+
+
+@pytest.mark.parametrize("call", ["job.sync_folder", "job.write_json", "job.tell_start"])
+def test_killed_between_any_two_files(llama, tmp_path, monkeypatch, call):
+    """At the end the request goes before the folder gets its name, at the beginning it comes before everything else."""
+    from blockscale.checkpoint import job
+
+    options = {"shard_size": 100_000}
+    quantize_checkpoint(llama, tmp_path / "whole", "fp8_128x128", **options)
+    name = call.removeprefix("job.")
+    real = getattr(job, name)
+    for fatal in range(12):
+        calls = iter(range(1000))
+
+        def dying(*args, fatal=fatal, calls=calls):
+            if next(calls) == fatal:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(job, name, dying)
+        try:
+            quantize_checkpoint(llama, tmp_path / "out", "fp8_128x128", **options)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(job, name, real)
+            quantize_checkpoint(llama, tmp_path / "out", "fp8_128x128", **options)
+        assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")

@@ -132,14 +132,17 @@ def prepared(job: Job) -> Iterator[None]:
             raise DestinationError(f"{work}: another run is writing here") from e
         if not job.dst.exists() and not work.is_dir():
             raise DestinationError(f"{work}: another run has just finished")
-        if (work / _REQUEST).is_file():
-            _check_same(job, load_json(work / _REQUEST), work, _known_steps(job))
+        asked = [
+            path for path in (work / _REQUEST, work / MANIFEST) if path.is_file()
+        ]  # at the very end only the latter
+        if asked:
+            _check_same(job, load_json(asked[0]), work, _known_steps(job))
         elif stray := next((p for p in work.iterdir() if p.name != _LOCK and not p.name.endswith(".partial")), None):
             raise DestinationError(f"{work}: holds {stray.name} and no {_REQUEST}: not an unfinished run")
         for leftover in work.glob("*.partial"):
             leftover.unlink()
+        write_json(work / _REQUEST, job.request)  # first: what lies here without it is a stranger's
         (work / _RECORDS).mkdir(exist_ok=True)
-        write_json(work / _REQUEST, job.request)
         try:
             yield
         except CheckpointError:

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..platform import Platform, detect
 from ..registry import Decision, Plan, Problem
 
-WIDTH = 160
+WIDTH = 200
 """Columns of a table that goes to no terminal: names in a log or an issue shall be whole."""
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoint import open_checkpoint, quantize_checkpoint
+from ..checkpoint import quantize_checkpoint
 from ..checkpoint.job import Result
 from ..checkpoint.report import left_alone
 from ..errors import BlockscaleError
@@ -58,19 +58,6 @@ def register(app: typer.Typer) -> None:
             result = quantize_checkpoint(src, dst, format, workers=workers, listen=listen, **options)
         if not as_json and first_rank():
             show_result(result)
-            _show_stacks(result.path)
-
-
-def _show_stacks(path: Path) -> None:
-    """Experts that are one tensor a layer stay as they are, and they are most of such a model: say so."""
-    stacks = [t for t in open_checkpoint(path).plain if len(t.shape) == 3 and ".experts." in t.name]
-    if stacks:
-        size = sum(t.nbytes for t in stacks) / 1e6
-        console().print(
-            f"NOT quantized: {len(stacks)} stacks of experts, {size:.1f} MB (such as {stacks[0].name}); "
-            "save the model with one tensor for each expert",
-            highlight=False,
-        )
 
 
 def show_result(result: Result) -> None:
