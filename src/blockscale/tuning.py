@@ -172,10 +172,8 @@ def multiprocessors(platform: Platform) -> int:
 
 def by_pointers(m: int, n: int, platform: Platform) -> bool:
     """Whether few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
-    descriptor fetched first and no padding to 16 rows.
-
-    Source: one H100, N and K of DeepSeek-V3's linears. M = 1 and 16: 1-9% faster in nine of ten; M = 32 and 64, where
-    64 weight rows a multiprocessor are all of them: 1-7%.
+    descriptor fetched first and no padding to 16 rows. Source: one H100, N and K of DeepSeek-V3's linears. M = 1 and
+    16: 1-9% faster in nine of ten; M = 32 and 64, where 64 weight rows a multiprocessor are all of them: 1-7%.
     """
     return family(platform) == "sm_90" and (m <= 16 or (m <= SMALL_M and n <= 64 * multiprocessors(platform)))
 
