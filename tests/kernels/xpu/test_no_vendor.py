@@ -17,8 +17,10 @@ DEVICE = re.compile(r"(cuda|xpu|hip)(:\d*)?")
 STREAMS = {"Stream", "current_stream", "default_stream", "ExternalStream", "set_stream"}
 GLOBAL = {"set_default_dtype", "set_default_device", "set_default_tensor_type"}
 ASKS_A_PLATFORM = {"at_least", "value", "has"}
-ONE_VENDOR = {("kernels", "gluon"), ("kernels", "deep_gemm"), ("kernels", "aiter"), ("cli", "tune.py")}
-"""Kernels for one vendor's chips, which refuse every other kind, and the command that tunes them."""
+ONE_VENDOR = {
+    ("kernels", "gluon"), ("kernels", "deep_gemm"), ("kernels", "aiter"), ("cli", "tune.py"), ("parallel", "memory.py"),
+}  # fmt: skip
+"""Kernels for one vendor's chips, which refuse every other kind, the command that tunes them, memory over NVLink."""
 ON_DEVICE = ("kernels", "nn")
 DEVICE_MODULES = {"ops.py", "library.py", "layouts.py", "gradients.py"}
 """What runs on the accelerator. Arc A has no fp64: the definition computes in it on a CPU, kernels must not."""
