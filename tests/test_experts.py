@@ -65,13 +65,14 @@ def test_gate_and_up_in_one_weight():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_an_index_past_the_last_expert_means_no_expert():
+@pytest.mark.parametrize("outside", [E, E + 3, -1])
+def test_an_index_of_no_expert_contributes_nothing(outside):
     gate_up, down = stack("fp8_32x32", 2 * INNER, K), stack("fp8_32x32", K, INNER)
     module = nn.Experts(gate_up, down)
     x, index, weights = operands()
-    nobody = module(x, torch.full_like(index, E), weights)
+    nobody = module(x, torch.full_like(index, outside), weights)
     assert torch.equal(nobody, torch.zeros_like(x))
-    index[:, 1] = E
+    index[:, 1] = outside
     torch.testing.assert_close(module(x, index, weights), module(x, index[:, :1], weights[:, :1]))
 
 

@@ -189,7 +189,7 @@ def zero_tokens(world, experts, exchange):
     some = [type(w)(w.data[begin:end], w.scale[begin:end], w.format) for w in (gate_up, down)]
     layer = ParallelExperts(*some, outer=world.tp, inner=Group(), owners=owners, part=part, exchange=exchange)
     whole = nn.Experts(gate_up, down)
-    for rows, chosen in ((1, [[0, experts - 1]]), (2, [[experts, experts], [1, experts]])):
+    for rows, chosen in ((1, [[0, experts - 1]]), (2, [[experts, -1], [1, experts]]), (1, [[-1, 2]])):
         x, index = tokens(rows, 128), torch.tensor(chosen)
         weights = torch.full((rows, 2), 0.5)
         assert torch.equal(layer(x, index, weights), whole(x, index, weights))

@@ -65,8 +65,8 @@ class Experts(nn.Module):
     the quantization of its activations) instead of after it.
     guards: columns of `down` that are no part of I (`parallel.piece`).
 
-    forward: `x: [T, K]`, `index: [T, k]` experts of each token (E or more: no expert), `weights: [T, k]` -> `[T, K]`
-    in x's dtype, the k contributions summed in fp32.
+    forward: `x: [T, K]`, `index: [T, k]` experts of each token (outside 0 … E - 1: no expert), `weights: [T, k]` ->
+    `[T, K]` in x's dtype, the k contributions summed in fp32.
 
     Source: DeepSeek-V3 report, section 2.1.2; the inference code released with DeepSeek-V4 for limit and order.
     """
@@ -109,7 +109,7 @@ class Experts(nn.Module):
         if index.shape != weights.shape or index.shape[0] != x.shape[0]:
             got = f"{list(x.shape)}, {list(index.shape)} and {list(weights.shape)}"
             raise ShapeError(f"Experts: needs x [T, K], index [T, k] and weights [T, k], got {got}")
-        chosen = index.flatten()
+        chosen = torch.where(index < 0, self.num_experts, index).flatten()
         order = chosen.argsort(stable=True)
         chosen, token, weight = chosen[order], order // index.shape[1], weights.flatten()[order].float()
         everyone = torch.arange(self.num_experts, device=x.device, dtype=chosen.dtype)

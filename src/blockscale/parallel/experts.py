@@ -75,7 +75,7 @@ class ParallelExperts(Experts):
     def _dispatch(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Contributions to these tokens: `[t, K]` fp32, complete."""
         bounds = torch.tensor([e for _, e in self.owners], device=index.device)
-        chosen = index.flatten()
+        chosen = torch.where(index < 0, self.owners[-1][1], index).flatten()
         owner = torch.searchsorted(bounds, chosen, right=True)  # one past the last group: no expert at all
         order = owner.argsort(stable=True)
         send = torch.bincount(owner, minlength=self.outer.size + 1)[: self.outer.size]
