@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import environment, layouts, reference
 from ..errors import UnknownNameError
+from ..numerics import Numerics
 from ..platform import Platform, detect
 from ..registry import ANY_LAYOUT, Kernel, QuantizerTolerance, answers_to, covers, explain, kernels
 from ..tensor import BlockScaled
@@ -90,14 +92,19 @@ def run(
 def candidates(case: Case, platform: Platform, name: str | None = None) -> list[Kernel]:
     """Kernels that accept a case on a platform and serve its M; name: only this kernel or family.
 
-    A case whose weight is packed tries only kernels that read that packing as it is.
+    A case whose weight is packed tries only kernels that read that packing as it is. One whose numerics allow `int16`
+    tries those that need it; the others would compute what they do in the case without.
     """
     packed = case.op in _WEIGHT_OPS and case.layout != "row"
-    return [
-        d.kernel
-        for d in explain(case.problem(), platform, repack=not packed)
-        if d.accepted and (name is None or answers_to(d.kernel, name)) and covers(d.kernel, case.m)
-    ]
+    problem = case.problem()
+
+    def accepting(numerics: Numerics) -> list[Kernel]:
+        asked = explain(replace(problem, numerics=numerics), platform, repack=not packed)
+        return [d.kernel for d in asked if d.accepted]
+
+    allowed = accepting(problem.numerics)
+    strict = accepting(replace(problem.numerics, int16=False)) if problem.numerics.int16 else []
+    return [k for k in allowed if k not in strict and (name is None or answers_to(k, name)) and covers(k, case.m)]
 
 
 def prepare(case: Case) -> tuple[Operands, Expected | None]:
