@@ -216,7 +216,7 @@ def gemm_tile(
     elif m <= 256 and not invariant and key in (("sm_90", "codec"), ("sm_90", "weight_only")):
         tile = replace(tile, bm=128, bn=64, entry=tile.entry + ", M <= 256")
     tile = _fit(tile, k, span)
-    if name == "sm_90" and tile.bk < 64 and tile.bn > 64:  # with 4 warps, Triton 3.6 and 3.7 die of their shared layout
+    if name in ("sm_90", "sm_100") and tile.bk < 64 < tile.bn:  # 4 warps: Triton 3.6 and 3.7 refuse their own layout
         tile = replace(tile, warps=8)
     if m <= 256 and not invariant and path in ("codec", "weight_only") and platform.capability >= 80:
         tiles = -(-m // tile.bm) * -(-n // tile.bn)
