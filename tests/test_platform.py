@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from blockscale import BlockscaleError, Platform, detect
+from blockscale import BlockscaleError, Platform, detect, package_ops
 from blockscale.platform import _xpu_arch
 
 
@@ -65,3 +65,20 @@ def test_detect_the_cpu():
 def test_a_missing_device_is_an_error():
     with pytest.raises(BlockscaleError, match="finds none"):
         detect("cuda")
+
+
+def test_a_package_of_ops_that_is_half_there_is_said_and_one_that_is_not_there_is_not(monkeypatch):
+    def missing(name):
+        def import_module(module):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return import_module
+
+    modules = {module for record in package_ops._records() for module in record["import"]}
+    for module in modules:
+        monkeypatch.setattr(package_ops.importlib, "import_module", missing(module.partition(".")[0]))
+        monkeypatch.setattr(package_ops, "_records", lambda m=module: ({"package": "p", "import": [m], "schemas": {}},))
+        assert package_ops.installed() == ([], [])
+        monkeypatch.setattr(package_ops.importlib, "import_module", missing("its_own_need"))
+        assert package_ops.installed() == ([("p.error", "No module named 'its_own_need'")], [])
+    assert modules

@@ -2,9 +2,9 @@ import json
 import struct
 
 import pytest
-import torch
 
 from makers import make_deepseek_v3, make_deepseek_v4, make_llama, make_minimax_m2, make_qwen3_moe
+from threads import one_thread
 
 MODELS = {
     "v3": (make_deepseek_v3, {"mtp": False}),
@@ -22,11 +22,8 @@ MODELS = {
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Tiny tensors and two cores: a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

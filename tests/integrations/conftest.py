@@ -1,6 +1,7 @@
 import pytest
-import torch
 import transformers
+
+from threads import one_thread
 
 
 @pytest.fixture(autouse=True)
@@ -11,8 +12,5 @@ def _quiet():
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread():
-    """Layers this small lose more to waking threads than they gain, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # ranks and rank_checks, also for the ranks' own processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from makers import make_deepseek_v3, make_deepseek_v4, make_qwen3_moe
+from threads import one_thread
 
 MODELS = {
     "v3": (make_deepseek_v3, {"ragged_k": True}),  # MLP of 320, N = 576
@@ -23,10 +23,8 @@ SIZES = ((2, 2), (3, 3), (4, 2), (8, 8))
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="package")

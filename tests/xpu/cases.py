@@ -19,7 +19,7 @@ from blockscale import conformance, reference
 from blockscale.conformance import Case
 from blockscale.formats import get_format
 from blockscale.kernels import triton as family
-from blockscale.kernels.triton import capability, gemm, grouped, quantize
+from blockscale.kernels.triton import capability, gemm, grouped, quantize, quantize_constants
 from blockscale.tensor import BlockScaled
 from blockscale.tuning import GemmTile, QuantizeTile
 
@@ -216,13 +216,13 @@ def encode_all(worker: Worker, target: str, element: str, *, native: bool = Fals
     held = capability.native_cast
     if native:
         capability.native_cast = lambda platform, element: True
-        quantize._constexprs.cache_clear()  # it remembers the answer
+        quantize_constants._computed.cache_clear()  # it remembers the answer
     try:
         with executing(worker, target):
             got = quantize.quantize(x, fmt, platform_of(target), scale=one)
     finally:
         capability.native_cast = held
-        quantize._constexprs.cache_clear()
+        quantize_constants._computed.cache_clear()
     want = reference.quantize(x, fmt, scale=one)
     return got.data.view(torch.uint8), want.data.view(torch.uint8)
 

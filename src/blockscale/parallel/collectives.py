@@ -7,6 +7,7 @@ latter differ between torch 2.11 and 2.13. A result is waited for where it is us
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -19,16 +20,16 @@ LARGE = 1 << 22
 """Bytes of a sum from which it is scattered, rounded and gathered: latency twice, but three quarters of the bytes."""
 
 
-class Arriving:
+class Arriving(ABC):
     """Rows `[rows, …]` of every rank, the same number of each, on their way here. Some tensors travel together."""
 
+    @abstractmethod
     def whole(self) -> list[Tensor]:
         """Each as `[size * rows, …]`. To be used at once: shared memory takes other rows later (`direct`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of(self, rank: int) -> list[Tensor]:
         """One rank's rows of each."""
-        raise NotImplementedError
 
 
 class Group:
@@ -90,11 +91,11 @@ class Group:
         only this rank's share of the rows (`cuts.shares`) is returned. met: rows gathered in this group have arrived
         since its last large sum, so that every rank is known to be done with that one.
         """
-        raise NotImplementedError
+        raise NotImplementedError("only groups whose `takes_turns` can be True have turns")
 
     def regions(self, rows: int, width: int, sums: torch.dtype, dtype: torch.dtype) -> list[tuple[int, int]]:
         """Ranges of rows in the order in which `sum_in_turns` works on them: it multiplies each, or parts of it."""
-        raise NotImplementedError
+        raise NotImplementedError("only groups whose `takes_turns` can be True have turns")
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""

@@ -6,10 +6,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from . import capability
 from . import quantize_kernels as kernels
 from . import quantize_whole as whole_kernels
 from .capability import is_grouped
+from .quantize_constants import computed, division
 
 _PARTS = 1024
 FEW_ROWS = 16
@@ -64,7 +62,7 @@ def quantize(
             x, fmt, rounding, floor, layout, platform, cols=cols, level=level, tickets=tickets, values=values, tile=tile
         )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
-    how = _how(fmt, rounding, layout, platform)
+    how = computed(fmt, rounding, layout, platform)
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     with on_device(x):
         if fmt.block == (None, None):
@@ -72,7 +70,7 @@ def quantize(
             whole_kernels.amax_kernel[(parts.numel(),)](x, parts, rows, cols, x.stride(0), C=1024)
             whole_kernels.tensor_kernel[(-(-cols // 1024) * rows,)](
                 x, _codes(data, how), _bytes(scales), parts, parts.numel(), rows, cols, x.stride(0), data.stride(0),
-                0, 0, rows, cols, floor, **how, DIVIDE=_divide(platform, floor), STATIC=False, PARTS=_PARTS, C=1024,
+                0, 0, rows, cols, floor, **how, DIVIDE=division(platform, floor), STATIC=False, PARTS=_PARTS, C=1024,
             )  # fmt: skip
         else:
             br, bc = fmt.block_shape(rows, cols)
@@ -80,7 +78,7 @@ def quantize(
             grid = fmt.scale_shape(rows, cols)
             whole_kernels.block_kernel[(grid[1] * grid[0],)](
                 x, _codes(data, how), _bytes(scales), rows, cols, br, bc, x.stride(0), data.stride(0), s_r, s_g,
-                floor, **how, DIVIDE=_divide(platform, floor), PACK4=pack4,
+                floor, **how, DIVIDE=division(platform, floor), PACK4=pack4,
                 R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c, **capability.quantize_options(platform, 4),
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
@@ -124,7 +122,7 @@ def rmsnorm_quantize(
     x = _rows_dense(x)
     rows, cols = x.shape
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
-    how = _how(fmt, scale_rounding or fmt.scale_rounding, layout, platform)
+    how = computed(fmt, scale_rounding or fmt.scale_rounding, layout, platform)
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
     group = fmt.block[1] or cols
@@ -134,7 +132,7 @@ def rmsnorm_quantize(
         kernels.rmsnorm_kernel[(padded_rows,)](
             x, _codes(data, how), _bytes(scales), weight, rows, cols, -(-cols // group), x.stride(0), data.stride(0),
             s_r, s_g, padded_rows, padded_groups, floor, eps, GROUP=group, **how,
-            DIVIDE=_divide(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
+            DIVIDE=division(platform, floor, x, fmt), PACK4=pack4, EVEN=_even(cols, group),
             WHOLE=whole,
             G=tile, C=_pow2(group),
             **capability.quantize_options(platform, 8 if tile * _pow2(group) > 4096 else 4),
@@ -165,7 +163,7 @@ def _groups(
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
-    how = _how(fmt, rounding, layout, platform)
+    how = computed(fmt, rounding, layout, platform)
     if values is not None:
         data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
     s_r, s_g, pack4 = _scale_strides(scales, layout)
@@ -175,7 +173,7 @@ def _groups(
         rows, padded_groups, group, platform, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
-    divide = _divide(platform, floor, x, fmt)
+    divide = division(platform, floor, x, fmt)
     if few and not fused and not fmt.packed and not pack4 and _even(cols, group):
         with on_device(x):
             kernels.few_kernel[(padded_groups, padded_rows)](
@@ -202,7 +200,7 @@ def _groups(
 def _static(x: Tensor, fmt: Format, scale: Tensor, platform: Platform) -> BlockScaled:
     rows, cols = x.shape
     data, _ = _allocate(x, fmt, rows, cols, "row", platform)
-    how = _how(fmt, fmt.scale_rounding, "row", platform)
+    how = computed(fmt, fmt.scale_rounding, "row", platform)
     how["SCALE_KIND"] = capability.scale_kind(fmt, scale.dtype)
     br, bc = fmt.block_shape(rows, cols)
     with on_device(x):
@@ -251,43 +249,6 @@ def _padded(fmt: Format, rows: int, cols: int, layout: str) -> tuple[int, int]:
     if layout not in ("tma", "ue8m0x4"):
         return gr, gc
     return -(-gr // 4) * 4, -(-gc // 4) * 4 if layout == "ue8m0x4" else gc
-
-
-def _how(fmt: Format, rounding: ScaleRounding, layout: str, platform: Platform) -> dict[str, Any]:
-    """The constexprs that say what is computed, the same for all kernels here; the caller's to change."""
-    return dict(_constexprs(fmt, rounding, layout, platform))
-
-
-@cache
-def _constexprs(fmt: Format, rounding: ScaleRounding, layout: str, platform: Platform) -> dict[str, Any]:
-    native = capability.native_cast(platform, fmt.element.name)
-    out = "fnuz" if layout == "fnuz" else "native" if native else "codec"
-    kind = "float" if layout == "fnuz" else capability.scale_kind(fmt, fmt.scale_dtype)
-    return {
-        "ELEMENT": fmt.element.name, "LIMIT": fmt.max, "ROUNDING": rounding,
-        "MAX_EXPONENT": fmt.element.max_exponent, "SCALE_KIND": kind, "OUT": out,
-    }  # fmt: skip
-
-
-def _divide(platform: Platform, floor: float, x: Tensor | None = None, fmt: Format | None = None) -> str:
-    """How kernels divide (`quantize_parts`); x, fmt: what `divide_groups` divides, for the fastest of the three."""
-    return _division(platform, floor, x is not None and x.element_size() == 2, fmt)
-
-
-@cache
-def _division(platform: Platform, floor: float, short: bool, fmt: Format | None) -> str:
-    """short: x has at most 11 bits of significand.
-
-    Markstein's division needs scales far above underflow: a floor of 2^-70 makes them at least 2^-79. "rcp" needs
-    scales whose significand is not all ones: no number of at most 11 bits over a format's max has one, and a floor
-    is looked at.
-    """
-    if not capability.fused_multiply_add(platform) or floor < 2.0**-70:
-        return "ieee"
-    if platform.kind != "cuda" or not short or fmt is None:
-        return "fma"
-    scale = ctypes.c_float(ctypes.c_float(floor).value / fmt.max).value
-    return "fma" if math.frexp(scale)[0] == 1 - 2.0**-24 else "rcp"
 
 
 def _even(cols: int, group: int) -> bool:
