@@ -38,7 +38,8 @@ def unheard(x: Tensor, weight: Tensor) -> bool:
 
     torch (2.11 to 2.13) has public questions for compilers and for function modes. It has none for dispatch modes,
     functorch's transforms, levels of forward-mode derivatives and the profiler, and the public `torch.jit.is_tracing`
-    costs as much as all others together; `tests/test_ops.py` and `test_gradients.py` hold each of the private ones to what it must notice.
+    costs as much as all others together; tests/test_ops.py and test_gradients.py hold each of the private ones to what
+    it must notice.
     """
     return (
         type(x) is Tensor
