@@ -6,6 +6,8 @@ Launches are recorded, not made up: the launchers run on CPU tensors with a desc
 hand to the chip is compiled for it, so tiles, constants and alignments are those that ship. A row fails when
 something does not compile within LIMIT_S, when the native matrix instruction is not exactly where
 EXPECTED says, or when the compiler reports spills in a tile that ships. Exit status 1 if any row fails.
+
+One file, and so 300 lines and a few: tests load it by its path, without the folder around it.
 """
 
 from __future__ import annotations

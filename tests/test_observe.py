@@ -35,6 +35,14 @@ def test_unknown_topics_raise():
         observe.configure("decision")
 
 
+def test_an_unknown_topic_in_the_environment_is_raised_by_the_first_choice_not_by_the_import():
+    script = SCRIPT.replace("w =", "print('imported'); w =")
+    env = {**os.environ, "BLOCKSCALE_LOG": "decision"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert result.stdout == "imported\n"
+    assert "UnknownNameError: unknown log topic 'decision'" in result.stderr
+
+
 def test_calls_are_counted_by_kernel():
     w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128")
     before = observe.calls["reference.linear"]

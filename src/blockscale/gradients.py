@@ -1,7 +1,7 @@
 """Gradients for activations and bias, so that adapters (LoRA) train on a frozen quantized base.
 
 Straight-through: the gradient ignores the rounding of x (Bengio, Léonard, Courville, 2013). Stored bytes have no
-gradient; asking for one is an error.
+gradient, and nothing here has a forward-mode derivative; asking for either is an error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import shortcut
 from .errors import BlockscaleError
@@ -18,60 +19,75 @@ from .library import OPS
 
 def linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.linear` that knows its gradient. A graph is built only where one is asked for."""
-    if torch.is_grad_enabled() and (x.requires_grad or (args[4] is not None and args[4].requires_grad)):
-        return cast(Tensor, _Linear.apply(x, *args))  # type: ignore[no-untyped-call]
+    refuse_tangents("linear", x, args[4])
+    if wanted(x, args[4]):
+        return cast(Tensor, _StraightThrough.apply(x, *args[:4], None, *args[4:]))  # type: ignore[no-untyped-call]
     return cast(Tensor, OPS.linear(x, *args))
 
 
 def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.grouped_linear` that knows its gradient."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _GroupedLinear.apply(x, *args))  # type: ignore[no-untyped-call]
+    refuse_tangents("grouped_linear", x)
+    if wanted(x):
+        return cast(Tensor, _StraightThrough.apply(x, *args[:5], None, *args[5:]))  # type: ignore[no-untyped-call]
     return shortcut.grouped_linear(x, *args)
 
 
-def refuse(op: str, *operands: Tensor, instead: str) -> None:
-    """Raises BlockscaleError where a gradient of an op that has none is asked for."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+def wanted(*operands: Tensor | None) -> bool:
+    """Whether a gradient with respect to one of these is asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def has_tangent(*operands: Tensor | None) -> bool:
+    """Whether one of these carries a tangent: `torch.func.jvp`, `forward_ad`."""
+    if forward_ad._current_level < 0:  # torch has no public word for "outside of all", and most calls are
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands)
+
+
+def refuse(op: str, *operands: Tensor | None, instead: str) -> None:
+    """Raises BlockscaleError where a derivative of an op that has none is asked for."""
+    if wanted(*operands):
         raise BlockscaleError(f"{op} has no gradient: need operands without requires_grad, or {instead}")
+    refuse_tangents(op, *operands)
 
 
-def _refuse_weight_gradient(ctx: Any) -> None:
-    if any(ctx.needs_input_grad[1:5]):
+def refuse_tangents(op: str, *operands: Tensor | None) -> None:
+    """Raises BlockscaleError for operands with tangents, which torch would drop in silence at an op of ours."""
+    if has_tangent(*operands):
         raise BlockscaleError(
-            "a block-scaled weight has no gradient: its stored bytes are frozen. Need requires_grad=False; "
-            "train an adapter beside it, or quantize again after training in BF16"
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): need operands without "
+            "tangents; backward() and torch.func.vjp work where there is a gradient"
         )
 
 
-class _Linear(torch.autograd.Function):
-    """Straight-through: the gradient ignores the rounding of x (Bengio et al., 2013)."""
+class _StraightThrough(torch.autograd.Function):
+    """x: [..., K] through a stored weight [N, K], or, with offsets, rows of x through the experts of [E, N, K].
+
+    The gradient ignores the rounding of x (Bengio et al., 2013).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        _refuse_weight_gradient(ctx)
-        ctx.save_for_backward(*args[:4])
-        ctx.how = args[5:]
-        return cast(Tensor, OPS.linear(x, *args))
+    def forward(
+        x: Tensor, data: Tensor, scale: Tensor, level: Tensor | None, static: Tensor | None,
+        offsets: Tensor | None, bias: Tensor | None, *how: Any,
+    ) -> Tensor:  # fmt: skip
+        if offsets is None:
+            return cast(Tensor, OPS.linear(x, data, scale, level, static, bias, *how))
+        return cast(Tensor, OPS.grouped_linear(x, data, scale, level, static, offsets, *how))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = OPS.linear_input_grad(grad, *ctx.saved_tensors, None, *ctx.how) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
-        return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.how)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """The same, expert by expert."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        _refuse_weight_gradient(ctx)
-        ctx.save_for_backward(*args[:5])
-        ctx.how = args[5:]
-        return cast(Tensor, OPS.grouped_linear(x, *args))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if any(ctx.needs_input_grad[1:5]):
+            raise BlockscaleError(
+                "a block-scaled weight has no gradient: its stored bytes are frozen. Need requires_grad=False; "
+                "train an adapter beside it, or quantize again after training in BF16"
+            )
+        ctx.save_for_backward(*inputs[1:6])
+        ctx.how = inputs[7:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = OPS.linear_input_grad(grad, *ctx.saved_tensors, *ctx.how)
-        return grad_x, None, None, None, None, None, *(None for _ in ctx.how)
+        grad_x = OPS.linear_input_grad(grad, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[6] else None
+        return grad_x, None, None, None, None, None, grad_bias, *(None for _ in ctx.how)

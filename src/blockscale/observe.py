@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from torch.autograd import profiler
@@ -63,4 +63,7 @@ def span(op: str, m: int, n: int, k: int, kernel: str) -> AbstractContextManager
     return torch.profiler.record_function(f"blockscale.{op}[{m}x{n}x{k}] {kernel}")
 
 
-configure()
+# Known topics are followed from the start. An unknown one must not keep the package from being imported: the first
+# choice of a kernel raises it (`registry`), and the command line before all else.
+with suppress(UnknownNameError):
+    configure()

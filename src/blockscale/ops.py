@@ -33,11 +33,12 @@ def quantize(
     format: a name such as "fp8_128x128". scale: given scales `[..., grid rows, grid cols]` make it static.
     scale_rounding: "none", "pow2_ceil" or "pow2_floor" instead of the format's rule. floor: lower bound of a block's
     amax, in units of x (default 1e-10). layout: how the result is laid out. kernel: the kernel or family that must
-    do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN.
+    do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN. Bytes have no gradient:
+    a parameter is quantized as it stands, and the result does not require one.
 
     Raises ShapeError, DtypeError, ScaleError, UnknownNameError or NoKernelError.
     """
-    fmt = get_format(format)
+    fmt, x = get_format(format), _constant(x)
     reference.check_input(x, fmt)
     if scale is not None:
         reference.check_scale(scale, x, fmt)
@@ -60,8 +61,11 @@ def swiglu_quantize(
 
     limit: gate <= limit and |up| <= limit first (DeepSeek-V4's clamped SwiGLU). routing_weight: `[T]`, multiplies
     before the quantization. The product is rounded to gate_up's dtype before it is quantized, as unfused code does.
+    The result has no gradient (`quantize`).
+
+    Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
-    fmt = get_format(format)
+    fmt, gate_up = get_format(format), _constant(gate_up)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ShapeError(f"swiglu_quantize: needs gate_up [T, 2 I], got {list(gate_up.shape)}")
     if routing_weight is not None and tuple(routing_weight.shape) != (len(gate_up),):
@@ -69,8 +73,9 @@ def swiglu_quantize(
             f"swiglu_quantize: gate_up {list(gate_up.shape)} needs routing_weight [{len(gate_up)}], "
             f"got {list(routing_weight.shape)}"
         )
+    weight = None if routing_weight is None else _constant(routing_weight)
     parts = library.OPS.swiglu_quantize(
-        gate_up, limit, routing_weight, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
+        gate_up, limit, weight, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
     )
     return _quantized(parts, fmt, layout, (gate_up.shape[0], gate_up.shape[1] // 2))
 
@@ -88,13 +93,16 @@ def rmsnorm_quantize(
 ) -> BlockScaled:
     """`quantize(rmsnorm(x) * weight)` in one pass for `x: [T, K]`, `weight: [K]`.
 
-    The normalised row is rounded to x's dtype before it is quantized, as unfused code does.
+    eps: added to the mean square of a row. The normalised row is rounded to x's dtype before it is quantized, as
+    unfused code does. The result has no gradient (`quantize`).
+
+    Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
-    fmt = get_format(format)
+    fmt, x = get_format(format), _constant(x)
     if x.dim() != 2 or tuple(weight.shape) != tuple(x.shape[1:]):
         raise ShapeError(f"rmsnorm_quantize: needs x [T, K] and weight [K], got {list(x.shape)}, {list(weight.shape)}")
     parts = library.OPS.rmsnorm_quantize(
-        x, weight, eps, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
+        x, _constant(weight), eps, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
     )
     return _quantized(parts, fmt, layout, tuple(x.shape))
 
@@ -215,7 +223,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kerne
     if x.shape[-1] != weight.shape[-1]:
         raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
     _check_bias("dense_linear", weight.shape, bias)
-    gradients.refuse("dense_linear", x, weight, instead="torch.nn.functional.linear")
+    gradients.refuse("dense_linear", x, weight, bias, instead="torch.nn.functional.linear")
     return shortcut.dense_linear(x, weight, bias, kernel or "")
 
 
@@ -226,6 +234,11 @@ def linear_problem(
     *lead, n, k = w.shape
     policy, static = get_numerics(numerics), w.input_scale is not None
     return Problem(op, n, k, x_dtype, w.format, w.layout, x_dtype, policy, lead[0] if lead else 0, static)
+
+
+def _constant(t: Tensor) -> Tensor:
+    """Without its history: torch would mark all results of an op as requiring a gradient that the op does not have."""
+    return t.detach() if t.requires_grad or gradients.has_tangent(t) else t
 
 
 def _how(w: BlockScaled, numerics: str | Numerics, kernel: str | None) -> tuple[int, int, str, str, str, str]:

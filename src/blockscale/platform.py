@@ -136,12 +136,16 @@ def detect(device: torch.device | str = "cpu") -> Platform:
     Cached: hardware and packages do not change under a process; `detect.cache_clear()` after a new verdict.
     Raises BlockscaleError when torch has no such device.
     """
+    found = _detect(named_device(device))
+    return found.with_features(verdicts.failures(identity(found)))
+
+
+def named_device(device: torch.device | str) -> torch.device:
+    """A device by its name, e.g. "cuda:1", whether it is here or not. Raises BlockscaleError for no such name."""
     try:
-        named = torch.device(device)
+        return torch.device(device)
     except RuntimeError as e:
         raise BlockscaleError(f"device {device!r}: need cpu, cuda, xpu or another that torch knows") from e
-    found = _detect(named)
-    return found.with_features(verdicts.failures(identity(found)))
 
 
 def identity(found: Platform) -> str:

@@ -21,7 +21,7 @@ import torch
 from . import verdicts
 from .contract import ANY_LAYOUT, OPS, Decision, Kernel, Plan, Problem, QuantizerTolerance, Span
 from .errors import BlockscaleError, NoKernelError, UnknownNameError
-from .observe import logger
+from .observe import configure, logger
 from .platform import Platform, detect
 
 ENTRY_POINTS = "blockscale.kernels"
@@ -156,8 +156,9 @@ def select(problem: Problem, platform: Platform, *, kernel: str | None = None, r
     it cannot; the environment variable BLOCKSCALE_KERNEL="linear=cpu.slices,…" orders the same from outside.
     Raises NoKernelError with every kernel's reasons; UnknownNameError when no kernel has the ordered name.
     """
-    order = kernel or ordered(os.environ.get(OVERRIDE, "")).get(problem.op)
-    return _select(problem, platform, order, repack)
+    if kernel:
+        return _select(problem, platform, kernel, repack)
+    return _select(problem, platform, ordered(os.environ.get(OVERRIDE, "")).get(problem.op), repack, OVERRIDE)
 
 
 def tested_as(kernel: Kernel, problem: Problem) -> str:
@@ -195,12 +196,14 @@ def ordered(text: str) -> dict[str, str]:
 
 
 @cache
-def _select(problem: Problem, platform: Platform, order: str | None, repack: bool) -> Plan:
+def _select(problem: Problem, platform: Platform, order: str | None, repack: bool, by: str = "") -> Plan:
+    """by: the variable that an order came from."""
+    configure()  # raises for an unknown topic, which is not followed and shall not be overlooked
     decisions = explain(problem, platform, repack=repack)
     if order is not None:
         named = [d for d in decisions if answers_to(d.kernel, order)]
         if not named:
-            raise UnknownNameError(f"{problem.op} kernel", order, [d.kernel.name for d in decisions])
+            raise UnknownNameError(f"{problem.op} kernel", order, [d.kernel.name for d in decisions], where=by)
         decisions = named
     accepted = [d.kernel for d in decisions if d.accepted]
     for layout in dict.fromkeys(problem.layout if k.layout == ANY_LAYOUT else k.layout for k in accepted):
@@ -210,7 +213,7 @@ def _select(problem: Problem, platform: Platform, order: str | None, repack: boo
             _announce(f"{problem} on {platform}: {plan}")
             return plan
     lines = [f"  {d.kernel.name}: {'; '.join(d.reasons) or _serves(d.kernel)}" for d in decisions]
-    asked = f" (ordered: {order})" if order else ""
+    asked = f" (ordered: {order}{f' by {by}' if by else ''})" if order else ""
     raise NoKernelError("\n".join([f"no kernel{asked} for {problem}", f"on {platform}:", *lines]))
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import _C, Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
@@ -33,12 +33,13 @@ _transforms, _tracing = _C._functorch.peek_interpreter_stack, _C._is_tracing
 
 
 def unheard(x: Tensor, weight: Tensor) -> bool:
-    """Whether the dispatcher would only hand these plain tensors on: nothing compiles, traces, profiles, transforms or
-    intercepts, and there is data to compute with.
+    """Whether the dispatcher would only hand these plain tensors on: nothing compiles, traces, profiles, transforms,
+    intercepts or carries tangents, and there is data to compute with.
 
     torch (2.11 to 2.13) has public questions for compilers and for function modes. It has none for dispatch modes,
-    functorch's transforms and the profiler, and the public `torch.jit.is_tracing` costs as much as all others together;
-    `tests/test_ops.py` holds each of the private ones to what it must notice.
+    functorch's transforms, levels of forward-mode derivatives and the profiler, and the public `torch.jit.is_tracing`
+    costs as much as all others together; tests/test_ops.py and test_gradients.py hold each of the private ones to what
+    it must notice.
     """
     return (
         type(x) is Tensor
@@ -49,6 +50,7 @@ def unheard(x: Tensor, weight: Tensor) -> bool:
         and not has_torch_function((x,))  # a plain tensor has none, so this asks about modes
         and not _dispatch_modes()
         and _transforms() is None
+        and forward_ad._current_level < 0
         and not _tracing()
     )
 
@@ -89,6 +91,7 @@ def again(
         or has_torch_function((x,))
         or _dispatch_modes()
         or _transforms() is not None
+        or forward_ad._current_level >= 0
         or _tracing()
         or x.requires_grad
     ):

@@ -13,9 +13,19 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import BlockscaleError
+
 SWITCH = "BLOCKSCALE_SELF_TEST"
 """1: try kernels on their first use. 0: neither try nor believe what was recorded. Unset: believe, do not try."""
 PASSED = "passed"
+
+
+def switch() -> str:
+    """The variable's value: "1", "0" or "" (unset). Raises BlockscaleError for any other."""
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "0", "1"):
+        raise BlockscaleError(f"{SWITCH}: needs 0 or 1, got {value!r}")
+    return value
 
 
 def folder() -> Path:
@@ -33,7 +43,7 @@ def key(facts: Iterable[str]) -> str:
 
 def read(key: str) -> dict[str, str]:
     """Every verdict under this key; none when there is no file or it is damaged."""
-    if os.environ.get(SWITCH) == "0":
+    if switch() == "0":
         return {}
     try:
         found = json.loads((folder() / f"{key}.json").read_text())
@@ -46,7 +56,10 @@ def record(key: str, name: str, verdict: str) -> None:
     """Add one verdict. The file is replaced in one step; of two processes that write at once the last one wins, and
     what the other found is found again."""
     path = folder() / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BlockscaleError(f"self-test: needs a folder for verdicts (BLOCKSCALE_CACHE): {e}") from e
     text = json.dumps({**read(key), name: verdict}, indent=1, sort_keys=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{key}.")
     try:

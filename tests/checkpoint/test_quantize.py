@@ -166,7 +166,7 @@ def test_nan_is_an_error_or_kept(llama, tmp_path, bad):
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(NotFiniteError) as e:
         quantize_checkpoint(src, tmp_path / "out", "fp8_128x128")
-    assert f"{name}: {bad} at [5, 7]" in str(e.value)
+    assert f"{shard}: {name}: {bad} at [5, 7]" in str(e.value)
     assert not (tmp_path / "out").exists()
     quantize_checkpoint(src, tmp_path / "kept", "fp8_128x128", nan="keep")
     q = open_checkpoint(tmp_path / "kept").load("model.layers.0.self_attn.k_proj")

@@ -12,7 +12,7 @@ import pytest
 
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.checkpoint.errors import NotFiniteError
-from blockscale.checkpoint.scaleout import divide
+from blockscale.checkpoint.ranks import divide
 from blockscale.errors import BlockscaleError
 
 OPTIONS = {"shard_size": 100_000}
@@ -57,10 +57,23 @@ def test_an_error_in_a_worker_is_the_error_of_the_run(tmp_path):
     bad = torch.ones(128, 128)
     bad[3, 4] = torch.nan
     save_file({"a.weight": torch.ones(128, 128), "b.weight": bad}, src / "model.safetensors")
-    with pytest.raises(NotFiniteError, match=r"b.weight: nan at \[3, 4\]"):
+    with pytest.raises(NotFiniteError, match=r"src/model.safetensors: b.weight: nan at \[3, 4\]"):
         quantize_checkpoint(src, tmp_path / "out", "fp8_128x128", workers=2, shard_size=1)
     with pytest.raises(BlockscaleError, match="needs at least 1"):
         quantize_checkpoint(src, tmp_path / "out", "fp8_128x128", workers=0)
+
+
+def test_an_interrupt_of_the_whole_group_is_one_line(llama, tmp_path):
+    """Ctrl-C reaches workers too, which may still import torch; what is there is kept for the next run."""
+    command = [sys.executable, "-m", "blockscale", "quantize", str(llama), str(tmp_path / "out"), "--workers", "2"]
+    pipe = subprocess.PIPE
+    job = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    while not (tmp_path / "out.unfinished" / "job.json").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    said = job.communicate(timeout=60)[1]
+    assert (job.returncode, said) in ((130, "interrupted; the same command goes on from here\n"), (0, ""))
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -98,6 +99,17 @@ def test_conformance_exits_1_on_a_fault_and_0_without():
         (["explain", "--shape", "192,576", "--op", "masked_linear"], "masked_linear needs --shape E,N,K"),
         (["explain", "--shape", "8,192,576", "--op", "linear"], "linear needs --shape N,K"),
         (["explain", "a checkpoint", "--format", "mxfp4"], "--format and --op describe --shape"),
+        (["explain", "a checkpoint", "--shape", "2,3"], "needs either a checkpoint or --shape N,K, got both"),
+        (["explain", "--shape", "0,576"], "--shape needs whole numbers from 1 up, got '0,576'"),
+        (["explain", "--shape", "8,192,-576"], "--shape needs whole numbers from 1 up, got '8,192,-576'"),
+        (["explain", "--shape", "192,576", "--device", "gpu"], "device 'gpu': need cpu, cuda, xpu or another"),
+        (["explain", "--shape", "192,576", "--numerics", "hf"], "--numerics hf needs a checkpoint, whose config"),
+        (["explain", "--shape", "192,576", "--numerics", "refrence"], "did you mean 'reference'"),
+        (["conformance", "--html", "/nowhere/x.html"], "--html: needs a file in a folder that is there"),
+        (["bench", "model", "/nowhere", "--picture", "/nowhere/x.png"], "--picture: needs a file in a folder that is"),
+        (["bench", "model", "/nowhere", "--picture", "x.bmp"], "needs a name ending in .png or .svg, got x.bmp"),
+        (["bench", "model", "/nowhere"], "/nowhere: no such checkpoint"),
+        (["verify", "/a", "/b", "--logits", "--text", "/nowhere"], "No such file or directory: /nowhere"),
         (["conformance", "--kernel", "nothing"], "unknown kernel 'nothing'"),
         (["conformance", "--device", "gpu"], "device 'gpu': need cpu, cuda, xpu or another"),
         (["run", "/nowhere", "hello"], "/nowhere: no such checkpoint"),
@@ -113,6 +125,32 @@ def test_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("BLOCKSCALE_LOG", "decision", "unknown log topic 'decision'; did you mean 'decisions'? (BLOCKSCALE_LOG)"),
+        ("BLOCKSCALE_SELF_TEST", "yes", "BLOCKSCALE_SELF_TEST: needs 0 or 1, got 'yes'"),
+        ("BLOCKSCALE_KERNEL", "quantize", "BLOCKSCALE_KERNEL: got 'quantize', need op=kernel"),
+        ("BLOCKSCALE_KERNEL", "linear=cpu.nativ", "'cpu.slices'? (BLOCKSCALE_KERNEL)"),
+    ],
+)
+def test_a_variable_with_a_value_that_does_not_exist_is_an_error_and_no_traceback(variable, value, message):
+    """In a process of its own: some are read when the package is imported."""
+    command = [sys.executable, "-m", "blockscale", "explain", "--shape", "192,576"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, variable: value})
+    assert (done.returncode, done.stdout.count("plan")) == (2, 0)
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_unicode_loses_no_result():
+    command = [sys.executable, "-m", "blockscale", "explain", "--shape", "192,576", "--platform", "!"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert "need kind[:arch][+feature[=value]]?" in done.stderr
 
 
 def test_python_m_is_the_command_line():

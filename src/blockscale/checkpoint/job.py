@@ -26,6 +26,7 @@ from .byteio import keep_freed_memory
 from .config import load_json
 from .errors import DestinationError
 from .fingerprint import fingerprint, require_same
+from .report import error_summary, left_alone
 from .shards import Shard
 from .steps import Step
 from .writer import ShardWriter, index_of, shard_checksums, sync_folder, write_json
@@ -123,7 +124,10 @@ def prepared(job: Job) -> Iterator[None]:
     work = job.work
     if work.exists() and not work.is_dir():
         raise DestinationError(f"{work}: exists and is no folder")
-    job.dst.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        job.dst.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise DestinationError(f"{job.dst}: needs a folder to lie in, {e.filename} is a file") from e
     work.mkdir(exist_ok=True)
     with (work / _LOCK).open("w") as lock:
         try:
@@ -154,6 +158,20 @@ def prepared(job: Job) -> Iterator[None]:
 def tell_start(shards: Sequence[Shard], listen: Listener) -> None:
     """The first event: what is to be done."""
     listen({"event": "start", "shards": len(shards), "bytes": sum(shard.nbytes_in for shard in shards)})
+
+
+def tell_done(result: Result, listen: Listener) -> None:
+    """The last event: what was done (`scaleout.carry_out`)."""
+    said = {"path": str(result.path), "existed": result.existed, "shards": result.shards, "kept": result.kept}
+    listen(
+        {
+            "event": "done",
+            **said,
+            "tensors": len(result.records),
+            **error_summary(result.records),
+            "left": [left["name"] for left in left_alone(result.records)],
+        }
+    )
 
 
 def run_shards(job: Job, shards: Iterable[Shard], listen: Listener) -> int:

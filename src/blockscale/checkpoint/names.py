@@ -122,10 +122,6 @@ def get_style(name: str) -> Style:
 WEIGHT = ".weight"
 _PACKED = ".weight_packed"
 _BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
-_PART = re.compile(
-    r"(.*)(\.weight_scale_inv|\.weight_scale_2|\.weight_scale|\.weight_global_scale|\.input_global_scale"
-    r"|\.input_scale|\.activation_scale|\.scale|_scale_inv)"
-)
 
 
 def module_of(tensor: str) -> str:
@@ -194,11 +190,6 @@ def owner_of_scale(name: str) -> str | None:
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return None
-
-
-def is_part(name: str) -> bool:
-    """Whether a name is a scale of something."""
-    return _PART.fullmatch(name) is not None
 
 
 # -- DeepSeek-V4: official names <-> the names of transformers ---------------------------------------------------

@@ -1,19 +1,19 @@
-"""One job by many processes: workers on one machine, or ranks under torchrun on many.
+"""One job by many processes: workers of one machine here, the ranks of torchrun in `ranks`.
 
-Shards are handed to workers as they become free, and divided by bytes among ranks. Every process plans the same job
-from the same headers, so only shard numbers travel.
+Shards are handed to workers as they become free. Every process plans the same job from the same headers, so only shard
+numbers travel.
 Workers are spawned, not forked (threads of torch do not survive a fork), and end with their parent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,8 +23,7 @@ import torch
 
 from ..errors import BlockscaleError, CheckpointError
 from .errors import DestinationError, InexactError, NotFiniteError
-from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards, tell_start
-from .report import error_summary, left_alone
+from .job import Job, Listener, Result, already_done, conclude, prepared, run_job, run_shards, tell_done, tell_start
 from .shards import Shard
 
 Planner = Callable[[Path, Path, Any], Job]
@@ -46,7 +45,9 @@ def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int
         raise BlockscaleError(f"workers: needs at least 1, got {workers}")
     job = planner(src, dst, options)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _run_rank(job, listen)
+        from .ranks import run_rank  # torch.distributed takes its time to import
+
+        return run_rank(job, listen)
     workers = min(workers, len(job.shards))
     if workers == 1:
         result = run_job(job, listen)
@@ -55,35 +56,8 @@ def carry_out(planner: Planner, src: Path, dst: Path, options: Any, workers: int
     else:
         with prepared(job):
             result = conclude(job, _run_workers(job, planner, options, workers, listen))
-    _tell_done(result, listen)
+    tell_done(result, listen)
     return result
-
-
-def _tell_done(result: Result, listen: Listener) -> None:
-    said = {"path": str(result.path), "existed": result.existed, "shards": result.shards, "kept": result.kept}
-    listen(
-        {
-            "event": "done",
-            **said,
-            "tensors": len(result.records),
-            **error_summary(result.records),
-            "left": [left["name"] for left in left_alone(result.records)],
-        }
-    )
-
-
-def divide(sizes: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of `sizes` in `parts` groups of nearly equal sums: the largest first, each to the smallest group."""
-    groups: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0, i) for i in range(parts)]
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        total, i = heapq.heappop(heap)
-        groups[i].append(index)
-        heapq.heappush(heap, (total + sizes[index], i))
-    return [sorted(group) for group in groups]
-
-
-# -- workers of one machine --------------------------------------------------------------------------------------
 
 
 def _run_workers(job: Job, planner: Planner, options: Any, workers: int, listen: Listener) -> int:
@@ -118,7 +92,8 @@ class _Team:
             ours, theirs = context.Pipe()
             args = (planner, job.source, job.dst, options, threads, theirs)
             process: BaseProcess = context.Process(target=_work, args=args)
-            process.start()
+            with _without_interrupts():
+                process.start()
             theirs.close()  # so that the end of the worker is the end of the pipe
             self._running[ours] = process
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -183,6 +158,18 @@ class _Team:
                         self._listen(message)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What starts here never sees Ctrl-C: the parent decides, also while a worker still imports torch. One that comes
+    meanwhile waits for the end of the block."""
+    resource_tracker.ensure_running()  # else the first start does this, and lets interrupts through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _error_of(message: Mapping[str, Any]) -> Exception:
     """What a worker raised, as it would have been raised here."""
     if message["errno"] is not None:
@@ -192,7 +179,6 @@ def _error_of(message: Mapping[str, Any]) -> Exception:
 
 def _work(planner: Planner, src: Path, dst: Path, options: Any, threads: int, pipe: Connection) -> None:
     """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _end_with_parent()
     torch.set_num_threads(threads)
 
@@ -227,65 +213,3 @@ def _end_with_parent() -> None:
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()
-
-
-# -- ranks under torchrun ----------------------------------------------------------------------------------------
-
-
-def _run_rank(job: Job, listen: Listener) -> Result:
-    """This rank's share. Rank 0 owns the folder: it prepares, and writes index and config last."""
-    import torch.distributed as dist
-
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo")
-    try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        with contextlib.ExitStack() as stack:
-            finished = already_done(job)
-            if rank == 0 and finished is None:
-                with _agreed("prepare"):
-                    stack.enter_context(prepared(job))
-            elif finished is None:
-                with _agreed("prepare"):
-                    pass
-            if finished is not None:
-                dist.barrier()
-                if rank == 0:
-                    _tell_done(finished, listen)
-                return finished
-            share = divide([s.nbytes_in for s in job.shards], size)[rank]
-            mine = [job.shards[i] for i in share]
-            hear = listen if rank == 0 else lambda event: None
-            tell_start(mine, hear)
-            with _agreed("write"):
-                kept = run_shards(job, mine, hear)
-            total = torch.tensor([kept])
-            dist.all_reduce(total)
-            result: Result | None = None
-            with _agreed("conclude"):
-                if rank == 0:
-                    result = conclude(job, int(total))
-                    _tell_done(result, listen)
-            return result or Result(job.dst, False, int(total), len(job.shards), ())
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _agreed(phase: str) -> Iterator[None]:
-    """All ranks leave the block together, all well or all with an error."""
-    import torch.distributed as dist
-
-    failure: BaseException | None = None
-    try:
-        yield
-    except (BlockscaleError, OSError) as e:
-        failure = e
-    failed = torch.tensor([0 if failure is None else 1])
-    dist.all_reduce(failed)
-    if failure is not None:
-        raise failure
-    if int(failed):
-        raise CheckpointError(f"{phase}: another rank failed; its message says why")

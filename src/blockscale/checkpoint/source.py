@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +22,10 @@ and written; a tenth as much would be all overhead, four times as much falls out
 
 class SourceTensor(Protocol):
     """A matrix `[rows, cols]` (leading dimensions folded into rows) that is read by rows."""
+
+    @property
+    def path(self) -> Path:
+        """The file that it is in."""
 
     @property
     def name(self) -> str: ...
@@ -47,6 +52,10 @@ class FileTensor:
     """A tensor of a safetensors file."""
 
     info: TensorInfo
+
+    @property
+    def path(self) -> Path:
+        return self.info.file
 
     @property
     def name(self) -> str:

@@ -137,7 +137,7 @@ class Quantize:
             for begin, x in source.stream(self._multiple):
                 total.update(x)
                 q = self._quantize(x, whole)
-                self._check_finite(source.name, x, q, begin)
+                self._check_finite(source, x, q, begin)
                 if stats is not None:
                     stats.add(x, q, i)
                 parts = self.encoding.tensors(self.module, q, self._stacked)
@@ -183,7 +183,7 @@ class Quantize:
         scale = reference.round_scale(amax.clamp(min=DEFAULT_FLOOR), fmt, fmt.scale_rounding)
         return reference.store_scale(scale.reshape(1, 1), fmt)
 
-    def _check_finite(self, name: str, x: Tensor, q: BlockScaled, first_row: int) -> None:
+    def _check_finite(self, source: SourceTensor, x: Tensor, q: BlockScaled, first_row: int) -> None:
         """NaN and infinities show in the result, which has fewer bytes to look at; only then is the slab searched."""
         if self.keep_nan or not _holds_nan(q):
             return
@@ -191,7 +191,7 @@ class Quantize:
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
             raise NotFiniteError(
-                f"{name}: {x[row, col].item()} at [{first_row + row}, {col}] "
+                f"{source.path}: {source.name}: {x[row, col].item()} at [{first_row + row}, {col}] "
                 f"({int(bad.sum())} such elements in its slab); --nan keep stores them as NaN"
             )
 

@@ -1,4 +1,5 @@
-"""The command line. Each command is a module with a `register`; errors are one line on stderr.
+"""The command line. Each command is a module with a `register`; an error is one line on stderr, or where no kernel
+accepts a problem, one more line for each kernel.
 
 Exit codes: 0 done; 1 a check found a fault (conformance, verify); 2 bad input or usage; 130 interrupted.
 """
@@ -6,11 +7,13 @@ Exit codes: 0 done; 1 a check found a fault (conformance, verify); 2 bad input o
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 import sys
 
 import typer
 
+from .. import observe
 from ..errors import BlockscaleError
 
 app = typer.Typer(
@@ -27,7 +30,11 @@ for _module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
 
 def main() -> None:
     """Entry point: run the app and turn what users can mend into one line instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode: "?", and no traceback after the work
     try:
+        observe.configure()
         app()
     except BlockscaleError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from ..errors import BlockscaleError
 from ..platform import Platform, detect
 from ..registry import Decision, Plan, Problem
 
@@ -30,7 +31,16 @@ def print_json(value: Any) -> None:
 
 def platform_from(text: str | None, device: str) -> Platform:
     """The platform that the user described, or the device's own."""
-    return Platform.parse(text) if text else detect(torch.device(device))
+    return Platform.parse(text) if text else detect(device)
+
+
+def check_target(option: str, path: Path) -> None:
+    """Before the work whose result the file shall hold: raises BlockscaleError where it cannot be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        got = f"{path}, which is a folder" if path.is_dir() else f"{path}: there is no folder {path.parent}"
+        raise BlockscaleError(f"{option}: needs a file in a folder that is there, got {got}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BlockscaleError(f"{option}: may not write {path}")
 
 
 def plan_json(plan: Plan | None) -> list[dict[str, Any]]:

@@ -10,9 +10,12 @@ import torch
 import typer
 from rich.table import Table
 
+from ..errors import BlockscaleError
 from . import _ranks
-from ._output import console, print_json
-from .run import integration
+from ._output import check_target, console, print_json
+from .run import Device, Dtype, Kernel, Numerics, integration
+
+_PICTURES = (".png", ".svg")
 
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -26,10 +29,10 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Random tokens of prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
-    device: Annotated[str, typer.Option(help="Device: cpu, cuda, xpu …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="dtype of activations: auto, bfloat16, float16, float32.")] = "auto",
-    numerics: Annotated[str, typer.Option(help="reference, hf, vllm, checkpoint, weight_only …")] = "reference",
-    kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    numerics: Numerics = "reference",
+    kernel: Kernel = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture of the time split (png, svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ep: _ranks.Ep = None,
@@ -41,6 +44,8 @@ def command(
 
     Under torchrun the ranks share the model; memory is then that of rank 0.
     """
+    if picture is not None:
+        _check_picture(picture)
     with _ranks.shared(checkpoint, device, numerics, ep, exchange, timeout, sums) as parallel:
         report = measure_model(
             checkpoint, prompt_tokens, new_tokens, device=device, dtype=dtype, numerics=numerics, kernel=kernel,
@@ -103,6 +108,17 @@ def measure_model(
     }
 
 
+def _check_picture(path: Path) -> None:
+    """Before minutes are spent on what it would show."""
+    if path.suffix not in _PICTURES:
+        raise BlockscaleError(f"--picture: needs a name ending in {' or '.join(_PICTURES)}, got {path}")
+    check_target("--picture", path)
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise BlockscaleError(f"--picture needs {e.name}: pip install 'blockscale[plots]'") from e
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Two bars, prefill and decode: shares of the time by who spent it. Needs matplotlib."""
     import matplotlib
@@ -145,7 +161,10 @@ def _show(report: dict[str, Any]) -> None:
     resident, stored = report["resident_weight_bytes"], report["stored_weight_bytes"]
     table.add_row("weights", f"{resident / 1e6:.1f} MB resident", f"{stored / 1e6:.1f} MB stored", report["dtype"])
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 1e6:.1f} MB", report["device"])
-    for kernel, layers in report["kernels"].items():
-        table.add_row("kernel", kernel, f"{layers} layers")
+    decode, prefill = report["kernels"], report["prefill_kernels"]
+    for kernel, layers in decode.items():
+        table.add_row("kernel" if decode == prefill else "decode kernel", kernel, f"{layers} layers")
+    for kernel, layers in prefill.items() if decode != prefill else ():
+        table.add_row("prefill kernel", kernel, f"{layers} layers")
     _ranks.add_rows(table, report["ranks"])
     console().print(table)

@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from .. import registry
 from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
-from ..errors import BlockscaleError, CheckpointError, NoKernelError
+from ..errors import BlockscaleError, CheckpointError, NoKernelError, UnknownNameError
 from ..formats import get_format
-from ..numerics import Numerics, get_numerics
+from ..numerics import PRESETS, Numerics, get_numerics
 from ..platform import Platform
 from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
@@ -52,7 +52,9 @@ def register(app: typer.Typer) -> None:
         MI300, xpu:bmg+triton+vllm-xpu-kernels an Arc B580. docs/platforms.md has more.
         """
         if (checkpoint is None) == (shape is None):
-            raise BlockscaleError("explain: needs either a checkpoint or --shape N,K")
+            raise BlockscaleError(
+                f"explain: needs either a checkpoint or --shape N,K, got {'neither' if shape is None else 'both'}"
+            )
         if checkpoint is not None and (format or op):
             raise BlockscaleError("explain: --format and --op describe --shape; a checkpoint has its own")
         if dtype not in _DTYPES:
@@ -60,8 +62,7 @@ def register(app: typer.Typer) -> None:
         where = platform_from(platform, device)
         policy = None
         if shape is not None:
-            simple = "checkpoint" if numerics == "reference" else numerics
-            problems = Counter([_problem(shape, format or _FORMAT, op, simple, _DTYPES[dtype])])
+            problems = Counter([_problem(shape, format or _FORMAT, op, _one_numerics(numerics), _DTYPES[dtype])])
         else:
             assert checkpoint is not None
             found = open_checkpoint(checkpoint)
@@ -89,18 +90,30 @@ def register(app: typer.Typer) -> None:
                 console().print(f"\ndescribed without packages; with one: {where}+{_lacks(where)}", highlight=False)
 
 
-def _problem(shape: str, format: str, op: str | None, numerics: str, dtype: torch.dtype) -> Problem:
+def _problem(shape: str, format: str, op: str | None, numerics: Numerics, dtype: torch.dtype) -> Problem:
     try:
         *lead, n, k = (int(part) for part in shape.split(","))
     except ValueError as e:
         raise BlockscaleError(f"explain: --shape needs N,K or E,N,K, got {shape!r}") from e
+    if min(*lead, n, k) < 1:
+        raise BlockscaleError(f"explain: --shape needs whole numbers from 1 up, got {shape!r}")
     op = op or ("grouped_linear" if lead else "linear")
     if len(lead) > 1 or bool(lead) != (op in _EXPERTS):
         raise BlockscaleError(f"explain: {op} needs --shape {'E,N,K' if op in _EXPERTS else 'N,K'}, got {shape!r}")
     fmt = None if op == "dense_linear" else get_format(format)
     if op.endswith("quantize"):
         n = 0
-    return Problem(op, n, k, dtype, fmt, "row", dtype, get_numerics(numerics), lead[0] if lead else 0)
+    return Problem(op, n, k, dtype, fmt, "row", dtype, numerics, lead[0] if lead else 0)
+
+
+def _one_numerics(name: str) -> Numerics:
+    """Of a shape alone: "reference" follows the format, and whose rule "hf" and "vllm" mean only a config tells."""
+    if name.partition(",")[0] in ("hf", "vllm"):
+        raise BlockscaleError(f"explain: --numerics {name} needs a checkpoint, whose config it follows; got --shape")
+    first, comma, changes = name.partition(",")
+    if first not in ("reference", *PRESETS):
+        raise UnknownNameError("numerics", first, ("reference", *PRESETS))
+    return get_numerics(f"{'checkpoint' if first == 'reference' else first}{comma}{changes}")
 
 
 def _problems(checkpoint: Checkpoint, policy: Policy, dtype: torch.dtype) -> Counter[Problem]:

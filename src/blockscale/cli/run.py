@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -15,6 +15,11 @@ from ..errors import BlockscaleError
 from . import _ranks
 from ._output import console, print_json
 
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, xpu …")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="dtype of activations.")]
+Numerics = Annotated[str, typer.Option(help="reference, hf, vllm, checkpoint, weight_only …")]
+Kernel = Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")]
+
 
 def register(app: typer.Typer) -> None:
     @app.command("run")
@@ -22,10 +27,10 @@ def register(app: typer.Typer) -> None:
         checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
         prompt: Annotated[str, typer.Argument(help="Text to continue.")],
         max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-        numerics: Annotated[str, typer.Option(help="reference, hf, vllm, checkpoint, weight_only …")] = "reference",
-        device: Annotated[str, typer.Option(help="Device: cpu, cuda, xpu …")] = "cpu",
-        dtype: Annotated[str, typer.Option(help="dtype of activations: auto, bfloat16, float16, float32.")] = "auto",
-        kernel: Annotated[str | None, typer.Option(help="Order this kernel or family for every layer.")] = None,
+        numerics: Numerics = "reference",
+        device: Device = "cpu",
+        dtype: Dtype = "auto",
+        kernel: Kernel = None,
         chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming text.")] = False,
         ep: _ranks.Ep = None,

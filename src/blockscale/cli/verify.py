@@ -27,8 +27,8 @@ def register(app: typer.Typer) -> None:
         ] = None,
         logits: Annotated[bool, typer.Option("--logits", help="Run both models on --text too.")] = False,
         text: Annotated[Path | None, typer.Option(help="Text file for --logits.")] = None,
-        tokens: Annotated[int, typer.Option(help="Tokens that a model sees at once, for --logits.")] = 512,
-        chunks: Annotated[int, typer.Option(help="How many such pieces of the text, for --logits.")] = 4,
+        tokens: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at once, for --logits.")] = 512,
+        chunks: Annotated[int, typer.Option(min=1, help="How many such pieces of the text, for --logits.")] = 4,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Structure, bytes, the values of each weight and the quantization configs; nothing is held whole in memory.
@@ -37,11 +37,12 @@ def register(app: typer.Typer) -> None:
         """
         if logits and text is None:
             raise BlockscaleError("verify: --logits needs --text FILE")
+        said = text.read_text(encoding="utf-8") if logits and text is not None else None
         report = compare_checkpoints(a, b)
         report["allowed_error"] = max_error or 0.0
         report["passed"] = not report["structure"] and report["max_relative_error"] <= report["allowed_error"]
-        if logits and text is not None:
-            report["logits"] = compare_logits(a, b, text.read_text(encoding="utf-8"), tokens, chunks)
+        if said is not None:
+            report["logits"] = compare_logits(a, b, said, tokens, chunks)
         if as_json:
             print_json(report)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import registry, shortcut
+from .. import gradients, registry, shortcut
 from ..platform import Platform, detect
 from ..registry import Plan, Problem
 
@@ -28,8 +28,8 @@ class DenseLinear(nn.Linear):
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if trains or x.dtype != self.weight.dtype:
+        operands = (x, self.weight, self.bias)
+        if x.dtype != self.weight.dtype or gradients.wanted(*operands) or gradients.has_tangent(*operands):
             return super().forward(x)
         return shortcut.dense_linear(x, self.weight, self.bias, "")
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import BlockscaleError
+from ..platform import named_device
 from .collectives import Group
 from .errors import PlanError, RankError
 from .route import Route, Sums, choose
@@ -72,7 +73,7 @@ def joined(
     An exception on one rank ends every process: the first report is printed once, by rank 0, and all leave with exit
     code 2 (130 when interrupted) without waiting for each other. Errors inside are therefore not for the caller.
     """
-    kind = torch.device(device).type
+    kind = named_device(device).type
     if kind not in BACKENDS:
         raise BlockscaleError(f"parallel: needs a device of {', '.join(BACKENDS)}, got {device!r}")
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
