@@ -9,6 +9,7 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import fakes, reference, registry
+from . import checks, fakes, reference, registry
 from .errors import ShapeError
 from .fakes import Parts
 from .formats import Format, ScaleRounding, get_format
@@ -123,32 +124,41 @@ def _linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
+_CHECKS = {
+    "grouped_linear": checks.grouped,
+    "masked_linear": checks.masked,
+    "gathered_linear": checks.gathered,
+}
+
+
 def _experts(
-    op: str, rows: int, shape: tuple[int, ...],
-    x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    op: str, x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
     where: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """rows: of the result, `shape` without N; `where` says which expert has which."""
+    """`where` says which expert has which row. Checked here, since modules come without a check of their own, and a
+    kernel would read past the end of x or of `where`."""
     experts, static = scale.shape[0], input_scale is not None
     problem, plan, fmt = bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
-    if x.shape[-1] != k:
-        raise _other_k(x, k)
+    w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
+    _CHECKS[op](x.shape, w, where)
+    checks.where(op, x, where)
+    shape = where.shape if op == "gathered_linear" else x.shape[:-1]
+    rows = math.prod(shape)
     if rows == 0:
         return x.new_empty(*shape, n)
-    w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
     return cast(Tensor, _call(plan.pick(rows), problem, rows, x, w, where))
 
 
 def _grouped_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("grouped_linear", x.shape[0], x.shape[:1], x, *args)
+    return _experts("grouped_linear", x, *args)
 
 
 def _masked_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("masked_linear", x.shape[0] * x.shape[1], x.shape[:2], x, *args)
+    return _experts("masked_linear", x, *args)
 
 
 def _gathered_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("gathered_linear", args[4].numel(), args[4].shape, x, *args)
+    return _experts("gathered_linear", x, *args)
 
 
 def _matmul(

@@ -49,7 +49,9 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def unregister(kernel: Kernel) -> None:
-    """Undo `register`."""
+    """Undo `register`. Raises BlockscaleError for a kernel that did not come through it."""
+    if not registered_here(kernel):
+        raise BlockscaleError(f"unregister: needs a kernel that `register` took in this process, got {kernel!r}")
     _registered.remove(kernel)
     forget()
 
