@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "src" / "blockscale"
 FLOOR = {
     "errors": 0, "version": 0, "package_ops": 0,
     "formats": 1, "environment": 1, "observe": 1, "verdicts": 1,
-    "tensor": 2, "numerics": 2, "platform": 2, "policy": 3,
+    "tensor": 2, "numerics": 2, "platform": 2, "policy": 3, "checks": 3,
     "layouts": 3, "contract": 3, "reference": 4, "fakes": 4,
     "registry": 5, "tuning": 5, "routed": 5,
     "kernels": 6,

@@ -114,6 +114,9 @@ class Decision(NamedTuple):
     def accepted(self) -> bool:
         return not self.reasons
 
+    def __str__(self) -> str:
+        return f"{self.kernel.name}: {'; '.join(self.reasons) or 'accepts'}"
+
 
 class Span(NamedTuple):
     """Kernel for `m_min <= M <= m_max` (None: no upper end)."""

@@ -151,9 +151,9 @@ def get_format(name: str | Format) -> Format:
         return name
     fmt = _known.get(name)  # a dict and no functools.cache, about which torch.compile warns
     if fmt is None:
-        fmt = _build(name)
+        fmt = _build(name) if isinstance(name, str) else None
         if fmt is None:
-            raise UnknownNameError("format", name, FORMATS)
+            raise UnknownNameError("format", str(name), FORMATS)
         _known[name] = fmt
     return fmt
 

@@ -42,7 +42,8 @@ def has_tangent(*operands: Tensor | None) -> bool:
     """Whether one of these carries a tangent: `torch.func.jvp`, `forward_ad`."""
     if forward_ad._current_level < 0:  # torch has no public word for "outside of all", and most calls are
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands)
+    unpack: Any = forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in operands)
 
 
 def refuse(op: str, *operands: Tensor | None, instead: str) -> None:

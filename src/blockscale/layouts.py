@@ -78,7 +78,10 @@ def get_layout(name: str) -> Layout:
 
 
 def convert(t: BlockScaled, layout: str) -> BlockScaled:
-    """The same tensor in another layout."""
+    """The same tensor in another layout (`LAYOUTS`, docs/formats.md); itself where it has that already.
+
+    Raises UnknownNameError, and DtypeError for a format or scales that the layout cannot hold.
+    """
     if t.layout == layout:
         return t
     return get_layout(layout).pack(get_layout(t.layout).unpack(t))

@@ -9,6 +9,7 @@ is memoised by everything but M, so a warm call costs a few dictionary look-ups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import fakes, reference, registry
+from . import checks, fakes, reference, registry
 from .errors import ShapeError
 from .fakes import Parts
 from .formats import Format, ScaleRounding, get_format
@@ -89,7 +90,7 @@ def _bind_matmul(
 registry.on_change += [f.cache_clear for f in (bind_weight, _bind_result, _bind_dense, _bind_matmul)]
 
 
-def _call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
+def call(chosen: Kernel, problem: Problem, m: int, *args: object) -> Any:
     """Call the kernel, counted, and under its name in a profile while one is taken."""
     calls[chosen.name] += 1
     if not watched():
@@ -119,36 +120,45 @@ def _linear(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    y: Tensor = _call(plan.pick(m), problem, m, flat, w, bias)
+    y: Tensor = call(plan.pick(m), problem, m, flat, w, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
+_CHECKS = {
+    "grouped_linear": checks.grouped,
+    "masked_linear": checks.masked,
+    "gathered_linear": checks.gathered,
+}
+
+
 def _experts(
-    op: str, rows: int, shape: tuple[int, ...],
-    x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    op: str, x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
     where: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """rows: of the result, `shape` without N; `where` says which expert has which."""
+    """`where` says which expert has which row. Checked here, since modules come without a check of their own, and a
+    kernel would read past the end of x or of `where`."""
     experts, static = scale.shape[0], input_scale is not None
     problem, plan, fmt = bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
-    if x.shape[-1] != k:
-        raise _other_k(x, k)
+    w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
+    _CHECKS[op](x.shape, w, where)
+    checks.where(op, x, where)
+    shape = where.shape if op == "gathered_linear" else x.shape[:-1]
+    rows = math.prod(shape)
     if rows == 0:
         return x.new_empty(*shape, n)
-    w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    return cast(Tensor, _call(plan.pick(rows), problem, rows, x, w, where))
+    return cast(Tensor, call(plan.pick(rows), problem, rows, x, w, where))
 
 
 def _grouped_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("grouped_linear", x.shape[0], x.shape[:1], x, *args)
+    return _experts("grouped_linear", x, *args)
 
 
 def _masked_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("masked_linear", x.shape[0] * x.shape[1], x.shape[:2], x, *args)
+    return _experts("masked_linear", x, *args)
 
 
 def _gathered_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("gathered_linear", args[4].numel(), args[4].shape, x, *args)
+    return _experts("gathered_linear", x, *args)
 
 
 def _matmul(
@@ -161,7 +171,7 @@ def _matmul(
         return data.new_empty(0, n, dtype=out_dtype)
     left = BlockScaled.trusted(x, x_scale, get_format(x_format), x_layout, (m, k), x_global_scale)
     w = BlockScaled.trusted(data, scale, get_format(format), layout, (n, k), global_scale)
-    return cast(Tensor, _call(plan.pick(m), problem, m, left, w))
+    return cast(Tensor, call(plan.pick(m), problem, m, left, w))
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
@@ -172,7 +182,7 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], n)
-    y: Tensor = _call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
+    y: Tensor = call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -204,12 +214,12 @@ def _quantize(
         return _nothing(fakes.quantize(x, scale, format, layout, scale_rounding, floor, kernel))
     rows, chosen = x.shape[-2], plan.pick(x.shape[-2])
     if x.dim() == 2:
-        data, made, level = _parts(_call(chosen, problem, rows, x, scale, floor))
+        data, made, level = _parts(call(chosen, problem, rows, x, scale, floor))
         return data, made.clone() if made is scale else made, level  # an op may not return what it was given
     lead = x.shape[:-2]
     scales = None if scale is None else scale.flatten(0, -3)
     matrices = [
-        _parts(_call(chosen, problem, rows, matrix, None if scales is None else scales[i], floor))
+        _parts(call(chosen, problem, rows, matrix, None if scales is None else scales[i], floor))
         for i, matrix in enumerate(x.flatten(0, -3))
     ]
     data, scale, level = (_stack(parts, lead) for parts in zip(*matrices, strict=True))
@@ -228,7 +238,7 @@ def _swiglu_quantize(
     if not rows:
         how = (format, layout, scale_rounding, floor, kernel)
         return _nothing(fakes.swiglu_quantize(gate_up, limit, routing_weight, *how))
-    return _parts(_call(plan.pick(rows), problem, rows, gate_up, limit, routing_weight, floor))
+    return _parts(call(plan.pick(rows), problem, rows, gate_up, limit, routing_weight, floor))
 
 
 def _rmsnorm_quantize(
@@ -239,7 +249,7 @@ def _rmsnorm_quantize(
     )
     if not len(x):
         return _nothing(fakes.rmsnorm_quantize(x, weight, eps, format, layout, scale_rounding, floor, kernel))
-    return _parts(_call(plan.pick(x.shape[0]), problem, x.shape[0], x, weight, eps, floor))
+    return _parts(call(plan.pick(x.shape[0]), problem, x.shape[0], x, weight, eps, floor))
 
 
 def _nothing(parts: Parts) -> Parts:

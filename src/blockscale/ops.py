@@ -7,7 +7,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from . import gradients, library, reference, routed, shortcut
+from . import checks, gradients, library, reference, shortcut
 from .errors import BlockscaleError, DtypeError, ShapeError, UnknownNameError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
@@ -61,7 +61,7 @@ def swiglu_quantize(
 
     limit: gate <= limit and |up| <= limit first (DeepSeek-V4's clamped SwiGLU). routing_weight: `[T]`, multiplies
     before the quantization. The product is rounded to gate_up's dtype before it is quantized, as unfused code does.
-    The result has no gradient (`quantize`).
+    The other arguments are `quantize`'s; like there, the result has no gradient.
 
     Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
@@ -94,7 +94,7 @@ def rmsnorm_quantize(
     """`quantize(rmsnorm(x) * weight)` in one pass for `x: [T, K]`, `weight: [K]`.
 
     eps: added to the mean square of a row. The normalised row is rounded to x's dtype before it is quantized, as
-    unfused code does. The result has no gradient (`quantize`).
+    unfused code does. The other arguments are `quantize`'s; like there, the result has no gradient.
 
     Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
@@ -108,7 +108,13 @@ def rmsnorm_quantize(
 
 
 def dequantize(q: BlockScaled, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`data * scale` in fp32, rounded once to `dtype`: `[..., rows, cols]`. Explicit, never done behind your back."""
+    """`data * scale` in fp32, rounded once to `dtype`: `[..., rows, cols]`. Explicit, never done behind your back.
+
+    Raises DtypeError for a dtype that is no float of 16 bits or more.
+    """
+    checks.stored("dequantize", "q", q)
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise DtypeError(f"dequantize: needs float32, bfloat16, float16 or float64, got {dtype}")
     return reference.dequantize(q, dtype)
 
 
@@ -119,8 +125,9 @@ def matmul(
 
     Raises ShapeError when K differs or w is a stack, NoKernelError with every kernel's reasons.
     """
-    _check_matrix("matmul", w)
-    _check_inner(x.shape, w)
+    checks.stored("matmul", "x", x)
+    checks.matrix("matmul", w)
+    checks.same_k(x.shape, w)
     y: Tensor = library.OPS.matmul(
         x.data, x.scale, x.global_scale, w.data, w.scale, w.global_scale, x.format.name, x.layout,
         w.shape[-2], w.shape[-1], w.format.name, w.layout, out_dtype, kernel or "",
@@ -143,13 +150,17 @@ def linear(
 
     Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
-    data, scale, level, static = w.data, w.scale, w.global_scale, w.input_scale
+    try:
+        data, scale, level, static = w.data, w.scale, w.global_scale, w.input_scale
+    except AttributeError:
+        checks.stored("linear", "w", w)
+        raise
     y = shortcut.again(w.bound, x, data, scale, level, static, bias, numerics, kernel)
     if y is not None:
         return y
-    _check_matrix("linear", w)
-    _check_inner(x.shape, w)
-    _check_operands(x, w, bias)
+    checks.matrix("linear", w)
+    checks.same_k(x.shape, w)
+    checks.operands("linear", x, w, bias)
     if shortcut.plain(x, data, bias):
         object.__setattr__(w, "bound", shortcut.Bound(x, w, numerics, kernel))  # a memo: what is frozen stays so
         y = shortcut.again(w.bound, x, data, scale, level, static, bias, numerics, kernel)
@@ -168,15 +179,15 @@ def grouped_linear(
 ) -> Tensor:
     """Experts: rows of `x: [T, K]` sorted by expert times `w: [E, N, K]` -> `[T, N]` in x's dtype.
 
-    offsets: int32 `[E]`, the end row of each expert's slice; rows past the last come out as zero.
+    offsets: int32 `[E]`, rising, the end row of each expert's slice; rows past the last come out as zero. numerics,
+    kernel: as in `linear`.
+
+    Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
-    _check_inner(x.shape, w)
-    _check_operands(x, w, None)
-    if len(w.shape) != 3 or tuple(offsets.shape) != (w.shape[0],):
-        raise ShapeError(
-            f"grouped_linear: needs w [E, N, K] and offsets [E], got {list(w.shape)} and {list(offsets.shape)}"
-        )
-    _check_indices("grouped_linear: offsets", offsets)
+    checks.stored("grouped_linear", "w", w)
+    checks.grouped(x.shape, w, offsets)
+    checks.operands("grouped_linear", x, w)
+    checks.where("grouped_linear", x, offsets)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return gradients.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
 
@@ -189,9 +200,10 @@ def masked_linear(
     counts: int32 `[E]`, how many of an expert's C rows hold tokens; the others are not read and come out as zero.
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
-    routed.check_masked(x.shape, w, counts)
-    _check_indices("masked_linear: counts", counts)
-    _check_operands(x, w, None)
+    checks.stored("masked_linear", "w", w)
+    checks.masked(x.shape, w, counts)
+    checks.operands("masked_linear", x, w)
+    checks.where("masked_linear", x, counts)
     gradients.refuse("masked_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return cast(Tensor, library.OPS.masked_linear(x, *parts, counts, *_how(w, numerics, kernel)))
@@ -206,9 +218,10 @@ def gathered_linear(
     `grouped_linear` needs, and reads an expert as often as it is named.
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
-    routed.check_gathered(x.shape, w, ids)
-    _check_indices("gathered_linear: ids", ids)
-    _check_operands(x, w, None)
+    checks.stored("gathered_linear", "w", w)
+    checks.gathered(x.shape, w, ids)
+    checks.operands("gathered_linear", x, w)
+    checks.where("gathered_linear", x, ids)
     gradients.refuse("gathered_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return cast(Tensor, library.OPS.gathered_linear(x, *parts, ids, *_how(w, numerics, kernel)))
@@ -220,9 +233,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kerne
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for (`nn.DenseLinear` has
     one).
     """
-    if x.shape[-1] != weight.shape[-1]:
-        raise ShapeError(f"x {list(x.shape)} and weight {list(weight.shape)}: need the same K")
-    _check_bias("dense_linear", weight.shape, bias)
+    if weight.dim() != 2 or not x.dim() or x.shape[-1] != weight.shape[-1]:
+        raise ShapeError(
+            f"dense_linear: needs x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+        )
+    checks.fits("dense_linear", bias, weight.shape)
     gradients.refuse("dense_linear", x, weight, bias, instead="torch.nn.functional.linear")
     return shortcut.dense_linear(x, weight, bias, kernel or "")
 
@@ -230,7 +245,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kerne
 def linear_problem(
     w: BlockScaled, x_dtype: torch.dtype, numerics: str | Numerics = "checkpoint", op: str = "linear"
 ) -> Problem:
-    """The problem that `linear` poses with this weight: what `explain` and `select` take."""
+    """The problem that `linear` poses with this weight: what `explain` and `select` take.
+
+    x_dtype: of x and of the result. numerics: as in `linear`. op: or that of another op, such as "grouped_linear" for
+    a stack `[E, N, K]`. Raises UnknownNameError.
+    """
     *lead, n, k = w.shape
     policy, static = get_numerics(numerics), w.input_scale is not None
     return Problem(op, n, k, x_dtype, w.format, w.layout, x_dtype, policy, lead[0] if lead else 0, static)
@@ -261,37 +280,3 @@ def _rounding(rounding: str | None) -> str:
     if rounding is not None and rounding not in _ROUNDINGS:
         raise UnknownNameError("scale rounding", rounding, _ROUNDINGS)
     return rounding or ""
-
-
-def _check_indices(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(f"{name} needs int32, got {t.dtype}")
-
-
-def _check_matrix(op: str, w: BlockScaled) -> None:
-    if len(w.shape) != 2:
-        raise ShapeError(f"{op}: needs w [N, K], got {list(w.shape)}; stacks of experts go to grouped_linear")
-
-
-def _check_inner(x: torch.Size | tuple[int, ...], w: BlockScaled) -> None:
-    if not len(x) or x[-1] != w.shape[-1]:
-        raise ShapeError(f"{w.format}: x {list(x)} and w {list(w.shape)} need the same K (the last dimension)")
-
-
-def _check_operands(x: Tensor, w: BlockScaled, bias: Tensor | None) -> None:
-    if not x.dtype.is_floating_point or x.element_size() == 1:
-        raise DtypeError(f"linear: x needs float32, bfloat16 or float16, got {x.dtype}; quantized x goes to matmul")
-    if x.device != w.device:
-        raise DtypeError(f"linear: x is on {x.device}, the weight on {w.device}")
-    _check_bias("linear", w.shape, bias)
-    if bias is not None and bias.device != w.device:
-        raise DtypeError(f"linear: bias is on {bias.device}, the weight on {w.device}")
-
-
-def _check_bias(op: str, w: tuple[int, ...], bias: Tensor | None) -> None:
-    if bias is None:
-        return
-    if tuple(bias.shape) != (w[-2],):
-        raise ShapeError(f"{op}: w {list(w)} needs bias [{w[-2]}], got {list(bias.shape)}")
-    if bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DtypeError(f"{op}: bias needs float32, bfloat16 or float16, got {bias.dtype}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import checks
 from .errors import DtypeError, ScaleError, ShapeError
 from .formats import Format, ScaleRounding
 from .layouts import convert, decode_scale, encode_e8m0
@@ -79,7 +80,7 @@ def matmul(
     x: BlockScaled, w: BlockScaled, out_dtype: torch.dtype = torch.float32, *, compute: torch.dtype = torch.float64
 ) -> Tensor:
     """`x: [M, K]`, `w: [N, K]` -> `x @ w.T: [M, N]`, summed in `compute` and rounded once to `out_dtype`."""
-    _check_inner(x.shape, w.shape)
+    checks.same_k(x.shape, w)
     return (dequantize(x).to(compute) @ dequantize(w).to(compute).mT).to(out_dtype)
 
 
@@ -92,7 +93,7 @@ def linear(
     compute: torch.dtype = torch.float64,
 ) -> Tensor:
     """`x: [..., K]`, `w: [N, K]` -> `[..., N]` in x's dtype, activations treated as `numerics` says."""
-    _check_inner(x.shape, w.shape)
+    checks.same_k(x.shape, w)
     flat = x.reshape(-1, x.shape[-1])
     y = activations(flat, w, numerics).to(compute) @ dequantize(w).to(compute).mT
     if bias is not None:
@@ -112,11 +113,7 @@ def grouped_linear(
 
     offsets: int `[E]`, the end row of each expert's slice (`cumsum` of the counts). Rows past the last are zero.
     """
-    _check_inner(x.shape, w.shape)
-    if len(w.shape) != 3 or offsets.shape != (w.shape[0],):
-        raise ShapeError(
-            f"grouped_linear: needs w [E, N, K] and offsets [E], got {list(w.shape)} and {list(offsets.shape)}"
-        )
+    checks.grouped(x.shape, w, offsets)
     y = x.new_zeros(x.shape[0], w.shape[1])
     start = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -289,8 +286,3 @@ def check_scale(scale: Tensor, x: Tensor, fmt: Format) -> Tensor:
             f"at {bad.nonzero()[0].tolist()}"
         )
     return scale
-
-
-def _check_inner(x: tuple[int, ...] | torch.Size, w: tuple[int, ...] | torch.Size) -> None:
-    if len(w) < 2 or x[-1] != w[-1]:
-        raise ShapeError(f"x {list(x)} and w {list(w)}: need x [..., K] and w [N, K] with the same K")

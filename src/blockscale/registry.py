@@ -49,7 +49,9 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def unregister(kernel: Kernel) -> None:
-    """Undo `register`."""
+    """Undo `register`. Raises BlockscaleError for a kernel that did not come through it."""
+    if not registered_here(kernel):
+        raise BlockscaleError(f"unregister: needs a kernel that `register` took in this process, got {kernel!r}")
     _registered.remove(kernel)
     forget()
 
@@ -81,6 +83,7 @@ def kernels() -> tuple[Kernel, ...]:
     """Every kernel: ours, those of installed packages, those registered here; best first."""
     from . import kernels as package
 
+    broken.clear()
     found: list[Kernel] = []
     for module in pkgutil.iter_modules(package.__path__):
         for kernel in importlib.import_module(f"{package.__name__}.{module.name}").KERNELS:
@@ -102,7 +105,6 @@ def _load(entry: metadata.EntryPoint, others: list[Kernel]) -> list[Kernel]:
         found: list[Kernel] = list(entry.load())
         for i, kernel in enumerate(found):
             _check(kernel, [*others, *found[:i]])
-        broken.pop(entry.value, None)
     except Exception as e:  # whatever its import raises
         broken[entry.value] = f"{type(e).__name__}: {e}"
         logger.warning("kernels of entry point %s = %s: %s", entry.name, entry.value, broken[entry.value])

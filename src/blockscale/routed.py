@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from . import checks
 from .numerics import Numerics
 from .reference import grouped_linear
 from .tensor import BlockScaled
@@ -23,7 +23,7 @@ def masked_linear(
     counts: int `[E]`, how many of an expert's C rows hold tokens, from the first on; the others are never read and
     come out as zero.
     """
-    check_masked(x.shape, w, counts)
+    checks.masked(x.shape, w, counts)
     held = torch.arange(x.shape[1], device=x.device) < counts[:, None]
     y = x.new_zeros(*x.shape[:2], w.shape[1])
     y[held] = grouped_linear(x[held], w, counts.cumsum(0), numerics=numerics, compute=compute)
@@ -37,7 +37,7 @@ def gathered_linear(
 
     Ids outside 0 … E - 1 stand for no expert: their rows come out as zero.
     """
-    check_gathered(x.shape, w, ids)
+    checks.gathered(x.shape, w, ids)
     experts, per_row = w.shape[0], ids.shape[1]
     flat = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten()
     order = flat.argsort(stable=True)
@@ -45,21 +45,3 @@ def gathered_linear(
     y = x.new_zeros(flat.numel(), w.shape[1])
     y[order] = grouped_linear(x[order // max(per_row, 1)], w, offsets, numerics=numerics, compute=compute)
     return y.view(*ids.shape, -1)
-
-
-def check_masked(x: torch.Size, w: BlockScaled, counts: Tensor) -> None:
-    """Raises ShapeError."""
-    if len(w.shape) != 3 or len(x) != 3 or (x[0], x[2]) != (w.shape[0], w.shape[2]) or counts.shape != (w.shape[0],):
-        raise ShapeError(
-            f"masked_linear: needs x [E, C, K], w [E, N, K] and counts [E], got {list(x)}, {list(w.shape)} and "
-            f"{list(counts.shape)}"
-        )
-
-
-def check_gathered(x: torch.Size, w: BlockScaled, ids: Tensor) -> None:
-    """Raises ShapeError."""
-    if len(w.shape) != 3 or len(x) != 2 or x[1] != w.shape[2] or ids.dim() != 2 or ids.shape[0] != x[0]:
-        raise ShapeError(
-            f"gathered_linear: needs x [T, K], w [E, N, K] and ids [T, k], got {list(x)}, {list(w.shape)} and "
-            f"{list(ids.shape)}"
-        )

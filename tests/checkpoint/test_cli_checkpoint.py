@@ -101,3 +101,6 @@ def test_the_message_and_the_exit_code_of_bad_input(llama, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/bad/model.safetensors: header claims")
     assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "bad" / "model.safetensors").rename(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config.json: header claims .*; needs a safetensors file"):
+        run("inspect", tmp_path / "config.json")

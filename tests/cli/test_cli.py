@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import blockscale
@@ -44,6 +45,20 @@ def test_three_numbers_are_experts():
 
 def test_explain_says_what_a_bare_platform_lacks():
     assert "with one: xpu:bmg+triton" in run("explain", "--shape", "192,576", "--platform", "xpu:bmg").stdout
+
+
+def test_explain_says_that_a_kind_is_unknown():
+    """Third parties may bring their own, so it is no error; a slip of the finger it often is."""
+    text = run("explain", "--shape", "192,576", "--platform", "cude:sm_90+triton").stdout
+    assert "kind 'cude' is none of ours (cpu, cuda, rocm, xpu)" in text
+    assert "none of ours" not in run("explain", "--shape", "192,576", "--platform", "xpu:bmg").stdout
+
+
+def test_a_decision_reads_as_a_line():
+    problem = blockscale.linear_problem(blockscale.quantize(torch.ones(2, 16), "fp8_1x16"), torch.bfloat16)
+    lines = [str(d) for d in blockscale.explain(problem, blockscale.Platform.parse("cpu"))]
+    assert "reference.linear: accepts" in lines
+    assert any(line.startswith("gluon.decode: uses wgmma, which only sm_90 has") for line in lines)
 
 
 def test_doctor_runs_what_it_calls_usable():
@@ -139,6 +154,8 @@ def test_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
 def test_a_variable_with_a_value_that_does_not_exist_is_an_error_and_no_traceback(variable, value, message):
     """In a process of its own: some are read when the package is imported."""
     command = [sys.executable, "-m", "blockscale", "explain", "--shape", "192,576"]
+    if variable == "BLOCKSCALE_SELF_TEST":
+        command = [*command[:3], "doctor"]  # which would take it for a device that does not answer
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, variable: value})
     assert (done.returncode, done.stdout.count("plan")) == (2, 0)
     assert done.stderr.startswith("error: ")

@@ -14,6 +14,8 @@ from blockscale.errors import BlockscaleError
         (["--shape", "2112"], "tune: --shape needs N,K, got '2112'"),
         (["--shape", "2112,x"], "tune: --shape N,K needs whole numbers from 1 up, got '2112,x'"),
         (["--shape", "2112,7168", "--m", "0"], "tune: --m M,M … needs whole numbers from 1 up, got '0'"),
+        (["--shape", "2112,7168", "--device", "cpu"], "the Hopper kernels do not serve 2112x7168 on cpu:"),
+        (["--shape", "2112,7168", "--device", "gpu"], "device 'gpu': need cpu, cuda, xpu or another"),
     ],
 )
 def test_wrong_input(arguments: list[str], message: str) -> None:

@@ -84,14 +84,10 @@ class Greedy(Wrong):
 @pytest.fixture
 def trying(monkeypatch, tmp_path):
     monkeypatch.setenv("BLOCKSCALE_CACHE", str(tmp_path))
-    detect.cache_clear()
     selftest._undecided.clear()
     selftest.enable()
     yield
     selftest.disable()
-    monkeypatch.undo()
-    detect.cache_clear()
-    registry.forget()
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from transformers.quantizers import auto
 
 import blockscale
 from blockscale import reference
-from blockscale.checkpoint import open_checkpoint, quantize_checkpoint
+from blockscale.checkpoint import dequantize_checkpoint, open_checkpoint, quantize_checkpoint
 from blockscale.errors import BlockscaleError, CheckpointError
 from blockscale.integrations import transformers as integration
 from blockscale.integrations.transformers import measure, quantizer, takeover
-from makers import make_llama, make_qwen3_moe
+from blockscale.nn import BlockDiagonalLinear
+from makers import make_deepseek_v4, make_llama, make_qwen3_moe
 
 IDS = torch.arange(3, 20)[None]
 
@@ -257,6 +258,25 @@ def test_every_format_that_quantize_writes_loads_and_saves_back(ragged, tmp_path
     model.save_pretrained(tmp_path / "saved")
     before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
     assert before.keys() == after.keys()
+    assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("fmt", ["fp8_row", "mxfp4", "nvfp4"])
+def test_a_grouped_projection_keeps_every_level_of_its_scales(tmp_path, fmt):
+    """Stored as one matrix, held as one for each group: NVFP4's second level is all groups'."""
+    make_deepseek_v4(tmp_path / "v4", hash_layers=0, mtp=False)
+    dequantize_checkpoint(tmp_path / "v4", tmp_path / "bf16")
+    quantize_checkpoint(tmp_path / "bf16", tmp_path / "stored", fmt, only=("*.wo_a",))
+    model = integration.load(tmp_path / "stored", dtype=torch.float32, numerics="weight_only")
+    layers = [m for m in model.modules() if isinstance(m, BlockDiagonalLinear)]
+    assert [layer.format.name for layer in layers] == [fmt] * 4
+    x = torch.randn(3, 2, 256)
+    for i, layer in enumerate(layers):
+        weight = reference.dequantize(open_checkpoint(tmp_path / "stored").load(f"layers.{i}.attn.wo_a"))
+        want = torch.einsum("tgk,gnk->tgn", x, weight.view(2, 128, 256))
+        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
 
 

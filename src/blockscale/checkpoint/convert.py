@@ -87,7 +87,10 @@ def dequantize_checkpoint(
     listen: Listener = lambda event: None,
     **options: Any,
 ) -> Result:
-    """Write every block-scaled layer as a plain `weight` in `dtype`; the report says which were exact."""
+    """Write every block-scaled layer as a plain `weight` in `dtype`; the report says which were exact.
+
+    dtype: "bf16", "f16" or "f32". workers, listen and what is raised: as in `convert_checkpoint`.
+    """
     return carry_out(plan_dequantize, Path(src), Path(dst), DequantizeOptions(dtype, **options), workers, listen)
 
 

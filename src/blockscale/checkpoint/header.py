@@ -103,7 +103,8 @@ def read_header(path: Path) -> Header:
             raise CheckpointError(f"{path}: truncated: {size} bytes, a safetensors file has at least 8")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
-            raise CheckpointError(f"{path}: header claims {length} bytes, at most {MAX_HEADER} are allowed")
+            other = "" if path.suffix == ".safetensors" else "; needs a safetensors file"
+            raise CheckpointError(f"{path}: header claims {length} bytes, at most {MAX_HEADER} are allowed{other}")
         if 8 + length > size:
             raise CheckpointError(f"{path}: truncated: header claims {length} bytes, the file has {size - 8} after it")
         return parse_header(f.read(length), size, path)

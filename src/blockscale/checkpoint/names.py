@@ -192,12 +192,12 @@ def owner_of_scale(name: str) -> str | None:
     return None
 
 
-# -- DeepSeek-V4: official names <-> the names of transformers ---------------------------------------------------
+# -- DeepSeek-V4: official names -> the names of transformers ----------------------------------------------------
 
 _V4_WHOLE = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
 _V4_HC_HEAD = {"hc_head_fn": "fn", "hc_head_base": "base", "hc_head_scale": "scale"}
 _V4_SEGMENTS = (
-    # (official, transformers), applied in this order on the way to transformers and backwards on the way back
+    # (official, transformers), applied in this order; the way back is the table of slots (`integrations`)
     (r"\.attn\.indexer\.compressor\.", r".self_attn.compressor.indexer."),
     (r"\.attn\.indexer\.weights_proj\.", r".self_attn.compressor.indexer.scorer.weights_proj."),
     (r"\.attn\.indexer\.wq_b\.", r".self_attn.compressor.indexer.q_b_proj."),
@@ -245,45 +245,3 @@ def v4_to_transformers(name: str) -> str:
     for official, theirs in _V4_SEGMENTS:
         name = re.sub(official, theirs, name)
     return "model." + re.sub(r"(?<!_hc)\.scale$", ".weight_scale_inv", name)
-
-
-def v4_to_official(name: str) -> str:
-    """The inverse of `v4_to_transformers`."""
-    for whole, theirs in _V4_WHOLE.items():
-        if name.startswith(theirs + "."):
-            return whole + name.removeprefix(theirs)
-    if name.startswith("model.hc_head.hc_"):
-        return "hc_head_" + name.removeprefix("model.hc_head.hc_")
-    if not name.startswith("model.layers."):
-        return name
-    name = re.sub(r"\.weight_scale_inv$", ".scale", name.removeprefix("model."))
-    for pattern, replacement in _V4_BACK:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-_V4_BACK = (
-    (r"\.self_attn\.compressor\.indexer\.scorer\.weights_proj\.", ".attn.indexer.weights_proj."),
-    (r"\.self_attn\.compressor\.indexer\.q_b_proj\.", ".attn.indexer.wq_b."),
-    (r"\.self_attn\.compressor\.indexer\.", ".attn.indexer.compressor."),
-    (r"\.compressor\.kv_proj\.", ".compressor.wkv."),
-    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
-    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
-    (r"\.position_bias$", ".ape"),
-    (r"\.self_attn\.sinks$", ".attn.attn_sink"),
-    (r"\.self_attn\.q_a_proj\.", ".attn.wq_a."),
-    (r"\.self_attn\.q_b_proj\.", ".attn.wq_b."),
-    (r"\.self_attn\.kv_proj\.", ".attn.wkv."),
-    (r"\.self_attn\.o_a_proj\.", ".attn.wo_a."),
-    (r"\.self_attn\.o_b_proj\.", ".attn.wo_b."),
-    (r"\.self_attn\.q_a_norm\.", ".attn.q_norm."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.(attn|ffn)_hc\.(fn|base|scale)$", r".hc_\1_\2"),
-    (r"\.input_layernorm\.", ".attn_norm."),
-    (r"\.post_attention_layernorm\.", ".ffn_norm."),
-    (r"\.mlp\.shared_experts\.gate_proj\.", ".ffn.shared_experts.w1."),
-    (r"\.mlp\.shared_experts\.down_proj\.", ".ffn.shared_experts.w2."),
-    (r"\.mlp\.shared_experts\.up_proj\.", ".ffn.shared_experts.w3."),
-    (r"\.mlp\.gate\.e_score_correction_bias$", ".ffn.gate.bias"),
-    (r"\.mlp\.", ".ffn."),
-)

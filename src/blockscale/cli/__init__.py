@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from .. import observe
+from .. import observe, verdicts
 from ..errors import BlockscaleError
 
 app = typer.Typer(
@@ -34,7 +34,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode: "?", and no traceback after the work
     try:
-        observe.configure()
+        observe.configure()  # variables that no command may overlook, whatever it does
+        verdicts.switch()
         app()
     except BlockscaleError as e:
         print(f"error: {e}", file=sys.stderr)

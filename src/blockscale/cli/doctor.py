@@ -22,7 +22,9 @@ from ._output import console, print_json
 def register(app: typer.Typer) -> None:
     @app.command("doctor")
     def command(
-        device: Annotated[str | None, typer.Option(help="Device to examine: cpu, cuda, xpu …; all by default.")] = None,
+        device: Annotated[
+            str | None, typer.Option(help="cpu, cuda, xpu …; else the first accelerator that answers, or cpu.")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Detect the platform, run every accepting kernel on tiny problems, and name what is missing.

@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
 from ..errors import BlockscaleError, CheckpointError, NoKernelError, UnknownNameError
 from ..formats import get_format
 from ..numerics import PRESETS, Numerics, get_numerics
-from ..platform import Platform
+from ..platform import KINDS, Platform
 from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
 from ._output import configurations, console, decisions_json, plan_json, platform_from, print_json, problem_json
@@ -86,7 +86,12 @@ def register(app: typer.Typer) -> None:
                 _summarize(problems, where, kernel)
             for entry, why in registry.broken.items():
                 console().print(f"\n[red]not loaded[/red] {entry}: {escape(why)}", highlight=False)
-            if platform and not where.features:
+            if where.kind not in KINDS:
+                text = (
+                    f"kind {where.kind!r} is none of ours ({', '.join(KINDS)}): only other packages' kernels serve it"
+                )
+                console().print(f"\n{text}", highlight=False)
+            elif platform and not where.features:
                 console().print(f"\ndescribed without packages; with one: {where}+{_lacks(where)}", highlight=False)
 
 

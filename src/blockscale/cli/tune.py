@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..checkpoint import open_checkpoint
 from ..errors import BlockscaleError
-from ..platform import detect
+from ..formats import get_format
+from ..platform import Platform, detect
+from ..registry import Problem, answers_to, explain
 from ._output import console, print_json
 
 _M = "1,8,16,32,64,128,256,512,1024,2048,4096,8192"
@@ -37,7 +40,8 @@ def command(
     if not shapes:
         raise BlockscaleError("tune: needs a checkpoint or --shape N,K")
     ms = _numbers(m, "--m M,M …")
-    detect(device)  # a device that is not there is said before triton is loaded
+    for n, k in dict.fromkeys(shapes):
+        _check_served(n, k, detect(device))  # before triton is loaded, which may not be there
     from ..kernels.gluon import tables
     from ..kernels.gluon.tune import Tuned, table, tune
 
@@ -55,6 +59,15 @@ def command(
         print_json({"table": str(path), "rows": [vars(t) for t in found]})
     else:
         console().print(f"{len(found)} shapes -> {path}")
+
+
+def _check_served(n: int, k: int, platform: Platform) -> None:
+    """Raises BlockscaleError with the Hopper kernels' own reasons where none of them takes such a weight."""
+    problem = Problem("linear", n, k, torch.bfloat16, get_format("fp8_128x128"))
+    found = [d for d in explain(problem, platform) if answers_to(d.kernel, "gluon")]
+    if not any(decision.accepted for decision in found):
+        reasons = dict.fromkeys(reason for decision in found for reason in decision.reasons)
+        raise BlockscaleError(f"tune: the Hopper kernels do not serve {n}x{k} on {platform}: {'; '.join(reasons)}")
 
 
 def _numbers(text: str, need: str) -> list[int]:

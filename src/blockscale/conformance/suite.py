@@ -28,7 +28,7 @@ from .. import environment, layouts, reference
 from ..errors import UnknownNameError
 from ..numerics import Numerics
 from ..platform import Platform, detect
-from ..registry import ANY_LAYOUT, Kernel, QuantizerTolerance, answers_to, covers, explain, kernels
+from ..registry import ANY_LAYOUT, OPS, Kernel, QuantizerTolerance, answers_to, covers, explain, kernels
 from ..tensor import BlockScaled
 from . import compare, memory
 from .cases import Case, cases
@@ -66,13 +66,15 @@ def run(
     share the cases, 0 for this one; they see kernels of packages and entry points, not those registered by hand here.
     seconds: start no case after that; what is left is counted as untried. platform: ask kernels about this one
     instead of the device's own (stand-ins of another platform's ops; not with workers).
-    Raises UnknownNameError when no kernel has the name.
+    Raises UnknownNameError when no kernel, or no op, has the name.
     """
     if kernel is not None and not any(answers_to(k, kernel) for k in kernels()):
         raise UnknownNameError("kernel", kernel, sorted({k.name for k in kernels()}))
     platform = platform or detect(device)
     report, began = Report(str(platform), about=environment.facts(device)), time.monotonic()
     wanted = None if ops is None else set(ops)
+    for op in (wanted or set()) - set(OPS):
+        raise UnknownNameError("op", op, OPS)
     chosen = [c for c in cases(quick=quick) if wanted is None or c.op in wanted]
     chosen = [c for c in chosen if candidates(c, platform, kernel)]
     if workers:

@@ -3,8 +3,10 @@
     from blockscale.integrations.peers import per_token_group_quant_fp8, w8a8_block_fp8_matmul, fp8_gemm_nt
 
 Signatures follow vLLM 0.33, SGLang and DeepGEMM 2.8; what is computed follows our definition (`reference`), which
-differs from theirs in one place: an E8M0 byte 0x00 is 2^-127 and 0xFF is NaN. Arguments that have no meaning here
-raise instead of being ignored.
+differs from theirs in one place: an E8M0 byte 0x00 is 2^-127 and 0xFF is NaN. Arguments that would change numbers and
+have no meaning here raise; hints that only tune the original do nothing.
+
+All raise ShapeError or DtypeError for operands that do not fit together, NoKernelError where nothing can run them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class StackedLinear(WeightModule):
     weight: `[E, N, K]`, any format. The other arguments are `Linear`'s.
 
     forward: `x: [T, K]` sorted by expert, `offsets: int32 [E]` (the end row of each expert's slice) -> `[T, N]` in
-    x's dtype; rows past the last offset come out as zero. Experts without rows are not read.
+    x's dtype; rows past the last offset come out as zero. Experts without rows are not read. Raises what
+    `grouped_linear` raises.
     """
 
     op = "grouped_linear"
@@ -40,7 +41,7 @@ class BlockDiagonalLinear(StackedLinear):
 
     weight: `[G, N, K]`; on disk it is `[G * N, K]`.
 
-    forward: `x: [..., G, K]` -> `[..., G, N]`.
+    forward: `x: [..., G, K]` -> `[..., G, N]`. Raises ShapeError for other groups or another K.
     """
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -68,6 +69,7 @@ class Experts(nn.Module):
     forward: `x: [T, K]`, `index: [T, k]` experts of each token (outside 0 … E - 1: no expert), `weights: [T, k]` ->
     `[T, K]` in x's dtype, the k contributions summed in fp32.
 
+    Raises ShapeError for weights, or indices and weights of tokens, that do not belong together.
     Source: DeepSeek-V3 report, section 2.1.2; the inference code released with DeepSeek-V4 for limit and order.
     """
 

@@ -50,7 +50,10 @@ def _move_bytes(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 class WeightModule(StoredModule):
-    """A module around one stored weight. What `Linear` and `StackedLinear` have in common."""
+    """A module around one stored weight. What `Linear` and `StackedLinear` have in common.
+
+    Raises ShapeError for a weight of other dimensions, UnknownNameError for unknown numerics.
+    """
 
     op = "linear"
     dims = 2
@@ -155,6 +158,8 @@ class Linear(WeightModule):
     names: buffer names, so that the state_dict is the checkpoint's.
 
     forward: `x: [..., K]` (fp32, bf16, fp16) -> `[..., N]` in x's dtype.
+
+    Raises ShapeError when weight and bias do not fit; forward, what `linear` raises.
     """
 
     def __init__(

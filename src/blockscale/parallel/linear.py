@@ -32,7 +32,7 @@ class ColumnParallelLinear(Linear):
 
     weight, bias: this rank's part. rows: of every rank, the ranges of N that it holds.
     gather: collect the outputs, `[..., N]` on every rank; otherwise `[..., n]` stays here.
-    rows_of_x: x holds only this rank's tokens (all ranks alike many), which are gathered first, as `wire` says.
+    rows_of_x: x holds only this rank's tokens (as many as any other); they are gathered first, as `wire` says.
 
     forward: `x: [..., K]` (`[t, K]` for rows_of_x) -> `[..., N or n]` in x's dtype.
     """

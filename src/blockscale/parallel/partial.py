@@ -1,4 +1,4 @@
-"""Two ops that one device never needs: sums that are not finished yet, and x that arrives quantized.
+"""Three ops that one device never needs: sums that are not finished yet, and x that arrives quantized.
 
 - `partial_linear`, `partial_grouped_linear`: as `linear` and `grouped_linear`, but the result is in fp32 whatever x is,
   because it is one addend of a sum over ranks. Of a linear, in bf16 where the numerics ask for it (`Numerics.sums`).
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import registry
 from ..formats import Format, get_format
+from ..library import call
 from ..numerics import get_numerics
 from ..registry import Plan, Problem
 from ..tensor import BlockScaled
@@ -66,7 +67,7 @@ def _partial_linear(
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=problem.out_dtype)
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k), global_scale, input_scale)
-    y: Tensor = plan.pick(flat.shape[0]).run(problem, flat, w, None)
+    y: Tensor = call(plan.pick(flat.shape[0]), problem, flat.shape[0], flat, w, None)
     return y.view(*x.shape[:-1], n)
 
 
@@ -81,7 +82,7 @@ def _partial_grouped_linear(
     if x.shape[0] == 0:
         return x.new_empty(0, n, dtype=torch.float32)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    return cast(Tensor, plan.pick(x.shape[0]).run(problem, x, w, offsets))
+    return cast(Tensor, call(plan.pick(x.shape[0]), problem, x.shape[0], x, w, offsets))
 
 
 def _scaled_linear(
@@ -93,7 +94,7 @@ def _scaled_linear(
         return x.new_empty(0, n, dtype=out_dtype)
     quantized = BlockScaled.trusted(x, x_scale, get_format(x_format), x_layout, (x.shape[0], k))
     w = BlockScaled.trusted(data, scale, fmt, layout, (n, k))
-    return cast(Tensor, plan.pick(x.shape[0]).run(problem, quantized, w))
+    return cast(Tensor, call(plan.pick(x.shape[0]), problem, x.shape[0], quantized, w))
 
 
 def _fake_linear(x: Tensor, *args: object) -> Tensor:

@@ -72,10 +72,14 @@ def joined(
 
     An exception on one rank ends every process: the first report is printed once, by rank 0, and all leave with exit
     code 2 (130 when interrupted) without waiting for each other. Errors inside are therefore not for the caller.
+
+    Raises BlockscaleError before all that, for an unknown device or in a process that torchrun did not start.
     """
     kind = named_device(device).type
     if kind not in BACKENDS:
         raise BlockscaleError(f"parallel: needs a device of {', '.join(BACKENDS)}, got {device!r}")
+    if "RANK" not in os.environ:
+        raise BlockscaleError("parallel: needs ranks, this process is none: torchrun --nproc-per-node N …")
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
     if kind != "cpu":

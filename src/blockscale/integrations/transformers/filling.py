@@ -112,12 +112,17 @@ def _empty_like(w: BlockScaled) -> BlockScaled:
 
 
 def _shaped(weight: BlockScaled, like: BlockScaled) -> BlockScaled:
-    """The same bytes under another leading shape (`[G * N, K]` as `[G, N, K]`)."""
+    """The same bytes under another leading shape (`[G * N, K]` as `[G, N, K]`, whose groups share second levels)."""
     if weight.shape == like.shape:
         return weight
-    data = weight.data.reshape(like.data.shape)
-    scale = weight.scale.reshape(like.scale.shape)
-    return BlockScaled(data, scale, weight.format, shape=like.shape)
+    level, static = (
+        None if given is None or wanted is None else given.reshape(-1).expand(wanted.shape).contiguous()
+        for given, wanted in ((weight.global_scale, like.global_scale), (weight.input_scale, like.input_scale))
+    )
+    return replace(
+        weight, data=weight.data.reshape(like.data.shape), scale=weight.scale.reshape(like.scale.shape),
+        shape=like.shape, global_scale=level, input_scale=static,
+    )  # fmt: skip
 
 
 def stored_tensors(module: WeightModule, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
