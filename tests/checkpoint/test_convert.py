@@ -68,6 +68,13 @@ def test_formats_that_hold_the_same_values(models, tmp_path, name, fmt, stored):
     assert "expert_dtype" not in checkpoint.config
 
 
+@pytest.mark.parametrize("globs", [{"only": ("nothing*",)}, {"skip": ("*",)}])
+def test_globs_that_leave_nothing_to_do_are_an_error(models, tmp_path, globs):
+    with pytest.raises(CheckpointError, match=r"no layer to convert: \d+ are block-scaled, --(only nothing|skip )\*"):
+        convert_checkpoint(models("v3"), tmp_path / "out", "mxfp8", **globs)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inexact_is_refused_and_leaves_nothing(models, tmp_path):
     with pytest.raises(InexactError) as e:
         convert_checkpoint(models("v3"), tmp_path / "out", "fp8_128x128_ue8m0")
