@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from blockscale.checkpoint.errors import InexactError
@@ -90,6 +92,16 @@ def test_verify_of_different_checkpoints(llama, tmp_path):
     result = run("verify", llama, tmp_path / "q")
     assert (result.exit_code, "FAILED" in result.stdout) == (1, True)
     assert run("verify", llama, tmp_path / "q", "--max-error", "0.05").exit_code == 0
+
+
+def test_an_infinite_error_is_null(tmp_path):
+    """JSON has no word for it, and most readers refuse Python's."""
+    for name, top in (("a", 1.0), ("b", torch.nan)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.tensor([top, 1.0])}, tmp_path / name / "model.safetensors")
+    result = run("verify", tmp_path / "a", tmp_path / "b", "--json")
+    answer = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(word))
+    assert (result.exit_code, answer["passed"], answer["max_relative_error"]) == (1, False, None)
 
 
 def test_the_message_and_the_exit_code_of_bad_input(llama, tmp_path):

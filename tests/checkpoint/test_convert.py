@@ -68,6 +68,13 @@ def test_formats_that_hold_the_same_values(models, tmp_path, name, fmt, stored):
     assert "expert_dtype" not in checkpoint.config
 
 
+@pytest.mark.parametrize("globs", [{"only": ("nothing*",)}, {"skip": ("*",)}])
+def test_globs_that_leave_nothing_to_do_are_an_error(models, tmp_path, globs):
+    with pytest.raises(CheckpointError, match=r"no layer to convert: \d+ are block-scaled, --(only nothing|skip )\*"):
+        convert_checkpoint(models("v3"), tmp_path / "out", "mxfp8", **globs)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inexact_is_refused_and_leaves_nothing(models, tmp_path):
     with pytest.raises(InexactError) as e:
         convert_checkpoint(models("v3"), tmp_path / "out", "fp8_128x128_ue8m0")
@@ -152,6 +159,26 @@ def test_dequantize_of_fp32_scales_says_what_it_costs(models, tmp_path):
     result = dequantize_checkpoint(models("v3"), tmp_path / "out")
     errors = [record["relative_error"] for record in result.records if record["step"] == "dequantize"]
     assert 5e-4 < max(errors) < 3e-3
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(torch.nan, "bf16"), (70_000.0, "f16")])
+def test_dequantize_keeps_nan_and_refuses_what_the_dtype_cannot_hold(tmp_path, top, dtype):
+    (tmp_path / "src").mkdir()
+    weight = torch.ones(32, 32)
+    weight[3, 5] = top
+    save_file({"a.weight": weight}, tmp_path / "src" / "model.safetensors")
+    (tmp_path / "src" / "config.json").write_text("{}")
+    quantize_checkpoint(tmp_path / "src", tmp_path / "q", "fp8_32x32_ue8m0", nan="keep")
+    if dtype == "f16":
+        message = r"q/model.safetensors: a: 73728 at \[3, 5\] is too large for F16; needs .* bf16 or f32"
+        with pytest.raises(InexactError, match=message):
+            dequantize_checkpoint(tmp_path / "q", tmp_path / "back", dtype)
+        return
+    (record,) = dequantize_checkpoint(tmp_path / "q", tmp_path / "back", dtype).records
+    assert (record["exact"], record["relative_error"]) == (True, 0.0)
+    back = open_checkpoint(tmp_path / "back").load("a.weight")
+    assert back.isnan().nonzero().tolist() == [[3, 5]]
+    assert "NaN" not in (tmp_path / "back" / "quantization_report.json").read_text()
 
 
 def test_quantize_of_the_dequantized_gives_the_same_bytes_again(models, tmp_path):

@@ -170,6 +170,11 @@ def test_a_terminal_without_unicode_loses_no_result():
     assert "need kind[:arch][+feature[=value]]?" in done.stderr
 
 
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"{blockscale.__version__}\n")
+
+
 def test_python_m_is_the_command_line():
     result = subprocess.run([sys.executable, "-m", "blockscale", "--help"], capture_output=True, text=True, check=True)
     assert "conformance" in result.stdout

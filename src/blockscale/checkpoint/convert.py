@@ -97,6 +97,9 @@ def dequantize_checkpoint(
 def plan_convert(src: Path, dst: Path, options: ConvertOptions) -> Job:
     """The whole job, from headers alone."""
     checkpoint = _quantized(src)
+    if not any(_picked(layer.name, options) for layer in checkpoint.layers):
+        asked = "; ".join(f"--{k} {', '.join(v)}" for k, v in (("only", options.only), ("skip", options.skip)) if v)
+        raise CheckpointError(f"{src}: no layer to convert: {len(checkpoint.layers)} are block-scaled, {asked}")
     encodings: dict[str, Encoding] = {}
     main = _main_style(checkpoint)
 

@@ -6,6 +6,7 @@ is exact there. What cannot be done exactly is not done here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -56,6 +57,23 @@ def values(q: BlockScaled) -> Tensor:
         scale = scale * q.global_scale.double().reshape(*q.global_scale.shape, 1, 1)
     scale = scale.repeat_interleave(br, -2)[..., :rows, :].repeat_interleave(bc, -1)[..., :cols]
     return decode(q.data, q.format)[..., :cols].double() * scale
+
+
+def errors(x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """Sums of squares of `x - y` and of `x`, both fp64, and the largest difference. Equal infinities and NaN on both
+    sides do not differ; NaN on one side differs infinitely."""
+    if not x.numel():
+        return 0.0, 0.0, 0.0
+    x, y = x.reshape(-1), y.reshape(-1)
+    difference = x - y
+    error, power, worst = float(difference.dot(difference)), float(x.dot(x)), float(difference.abs().max())
+    if math.isfinite(error + power + worst):
+        return error, power, worst
+    unequal_nan = x.isnan() != y.isnan()
+    difference = torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(0.0, posinf=math.inf)
+    difference = torch.where(unequal_nan, math.inf, difference)
+    power = float(torch.where(x.isfinite(), x, 0.0).square().sum())
+    return float(difference.square().sum()), power, float(difference.max())
 
 
 def from_codes(codes: Tensor, fmt: Format) -> Tensor:

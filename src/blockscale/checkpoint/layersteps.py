@@ -17,7 +17,7 @@ from .byteio import ByteReader, read_bytes
 from .checksum import Checksum
 from .encode import Encoding, storable_global_scale, storable_scale
 from .errors import InexactError
-from .exact import convert_exact, values
+from .exact import convert_exact, errors, values
 from .header import DTYPES, TensorInfo
 from .names import weight_of
 from .reader import Scales, StoredLayer, scales_of
@@ -230,11 +230,12 @@ class Dequantize:
     def run(self, write: Write, advance: Advance) -> dict[str, Any]:
         total, layer, (out,) = Checksum(), self.source.layer, self.outputs
         error = power = 0.0
-        for _, _, q in self.source.slabs(1, total):
+        for matrix, begin, q in self.source.slabs(1, total):
             exact = values(q)
             y = exact.to(torch.float32).to(DTYPES[self.dtype])
-            error += float((y.double() - exact).square().sum())
-            power += float(exact.square().sum())
+            self._check_range(exact, y, matrix, begin)
+            found = errors(exact, y.double())
+            error, power = error + found[0], power + found[1]
             write(out.name, y)
             advance(q.data.numel())
         relative = float(f"{math.sqrt(error / power) if power else 0.0:.6g}")
@@ -242,6 +243,16 @@ class Dequantize:
         record["format"] = self.dtype
         record |= {"shape": list(layer.shape), "exact": relative == 0, "relative_error": relative}
         return record | {"checksum": total.hexdigest()}
+
+    def _check_range(self, exact: Tensor, y: Tensor, matrix: int, first_row: int) -> None:
+        lost = y.isinf() & exact.isfinite()
+        if lost.any():
+            row, col = lost.nonzero()[0].tolist()
+            at = [*([matrix] if self.source.matrices > 1 else []), first_row + row, col]
+            raise InexactError(
+                f"{self.source.layer.file}: {self.name}: {exact[row, col].item():g} at {at} is too large for "
+                f"{self.dtype}; needs a dtype with a wider range (--dtype bf16 or f32)"
+            )
 
     def checksum(self) -> str:
         total = Checksum()

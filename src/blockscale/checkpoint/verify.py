@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .byteio import keep_freed_memory, read_bytes
 from .config import KEY
-from .exact import values
+from .exact import errors, values
 from .header import TensorInfo
 from .layersteps import LayerSource, row_ranges
 from .names import v4_to_transformers, weight_of
@@ -117,27 +117,10 @@ def _compare(one: _Logical, two: _Logical) -> dict[str, Any]:
             multiple = max(1, side.shape[-2])
     error = power = worst = 0.0
     for x, y in zip(one.slabs(multiple), two.slabs(multiple), strict=True):
-        found = _errors(x, y)
+        found = errors(x, y)
         error, power, worst = error + found[0], power + found[1], max(worst, found[2])
     relative = math.sqrt(error / power) if power > 0 else (math.inf if error else 0.0)
     return {"equal_bytes": False, "relative_error": relative, "max_error": worst}
-
-
-def _errors(x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """Sums of squares of `x - y` and of `x`, both fp64, and the largest difference. Equal infinities and NaN on both
-    sides do not differ; NaN on one side differs infinitely."""
-    if not x.numel():
-        return 0.0, 0.0, 0.0
-    x, y = x.reshape(-1), y.reshape(-1)
-    difference = x - y
-    error, power, worst = float(difference.dot(difference)), float(x.dot(x)), float(difference.abs().max())
-    if math.isfinite(error + power + worst):
-        return error, power, worst
-    unequal_nan = x.isnan() != y.isnan()
-    difference = torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(0.0, posinf=math.inf)
-    difference = torch.where(unequal_nan, math.inf, difference)
-    power = float(torch.where(x.isfinite(), x, 0.0).square().sum())
-    return float(difference.square().sum()), power, float(difference.max())
 
 
 def _same_bytes(one: TensorInfo, two: TensorInfo) -> bool:

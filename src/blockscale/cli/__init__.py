@@ -10,11 +10,13 @@ import importlib
 import io
 import pkgutil
 import sys
+from typing import Annotated
 
 import typer
 
 from .. import observe, verdicts
 from ..errors import BlockscaleError
+from ..version import __version__
 
 app = typer.Typer(
     name="blockscale",
@@ -22,6 +24,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 for _module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
     if not _module.name.startswith("_"):
