@@ -104,6 +104,31 @@ def scale_kind(fmt: Format, dtype: object) -> str:
 
 
 @cache
+def holds_products(fmt: Format, scale: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether this dtype holds code times scale, for scales stored as `scale` in groups that a tile can hold whole.
+
+    Codes have at most four significant bits, E8M0 scales one, NVFP4's E4M3 scales (of two-bit codes) four: bf16's eight
+    hold the products, and its exponents are fp32's. Only products below 2^-126, of scales below 2^-117, are rounded,
+    to multiples of 2^-133. fp16 holds NVFP4's.
+    """
+    exact = fmt.two_level or (scale == torch.float8_e8m0fnu and compute != torch.float16)
+    return exact and fmt.block[1] in (16, 32, 64, 128)
+
+
+@cache
+def common_dtype(
+    x: Format, x_scale: torch.dtype, w: Format, w_scale: torch.dtype, platform: Platform
+) -> torch.dtype | None:
+    """What holds both operands with their scales, so that nothing is promoted; None: nothing does, or the matrix unit
+    has no such instruction, or groups are 128 wide and fp8 products promoted with their scales are as fast."""
+    compute = torch.float16 if x.two_level and w.two_level else bf16_dot(platform)
+    if not holds_products(x, x_scale, compute) or not holds_products(w, w_scale, compute):
+        return None
+    missing = compute == torch.float32 and platform.kind in KINDS
+    return None if missing or x.block[1] == w.block[1] == 128 else compute
+
+
+@cache
 def without_fp8(platform: Platform) -> Platform:
     """The same chip as if it had no fp8 type or instruction, for kernels that are ordered to keep to integer codecs."""
     return platform.with_features([("fp8", "none")])

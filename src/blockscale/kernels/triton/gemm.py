@@ -20,11 +20,12 @@ from ...tuning import SMALL_M, GemmPath, GemmTile, by_pointers, decoded_rows, ge
 from . import capability
 from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
-from .operands import Reading, operand, quantize_activations, reading, scale_args
+from .dense_kernels import dense_kernel
+from .operands import Reading, Values, held, level_of, operand, quantize_activations, reading, scale_args
 from .quantize import on_device
 from .tma_kernels import tma_kernel
 
-_TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
+_TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16", "dense": "dense_tma"}
 DECODE_FIRST = 512
 """From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them: the codes, whose
 scales stay apart, and in slices (`tuning.decoded_rows`), so that a call needs memory for one slice only."""
@@ -56,7 +57,7 @@ def linear(
 
 
 def matmul(
-    x: BlockScaled | Tensor,
+    x: BlockScaled | Tensor | Values,
     w: BlockScaled,
     platform: Platform,
     *,
@@ -73,13 +74,14 @@ def matmul(
     """
     if not native:
         platform = without_fp8(platform)
+    x = held(x, w, platform)
     (m, k), n = x.shape, w.shape[-2]
     how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
-    tma = _takes_tma(x, w, how, platform) and (invariant or not by_pointers(m, n, platform))
+    x_data = operand(x, how.constants["X_KIND"], how, platform)
+    tma = _takes_tma(x, x_data, w, how, platform) and (invariant or not by_pointers(m, n, platform))
     path = _TMA_PATHS[how.path] if tma else how.tile_path
-    x_data = operand(x, how.constants["X_KIND"], how)
     y = x_data.new_empty((m, n), dtype=out_dtype)
-    rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path == "decoded" else max(n, 1)
+    rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path in ("decoded", "dense") else max(n, 1)
     for first in range(0, n, rows):
         columns = y if rows >= n else y[:, first : first + rows]
         chosen = tile or gemm_tile(path, m, columns.shape[1], k, how.span, platform, invariant=invariant)
@@ -98,7 +100,7 @@ def _rows(w: BlockScaled, first: int, count: int) -> BlockScaled:
 
 
 def _multiply(
-    x: BlockScaled | Tensor,
+    x: BlockScaled | Values,
     x_data: Tensor,
     w: BlockScaled,
     bias: Tensor | None,
@@ -111,7 +113,7 @@ def _multiply(
 ) -> None:
     """One launch into `y: [M, N]`, rows of which may lie further apart than N. x_data: x as the kernel reads it."""
     (m, n), k = y.shape, w.shape[-1]
-    w_data = operand(w, how.constants["W_KIND"], how)
+    w_data = operand(w, how.constants["W_KIND"], how, platform)
     sx = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     if how.folded > tile.bk:
@@ -128,7 +130,16 @@ def _multiply(
         **capability.multiply_options(platform),
     }  # fmt: skip
     with on_device(y):
-        if tma:
+        if tma and how.path == "dense":
+            programs = multiprocessors(platform) * tile.programs
+            persistent = 0 < programs < tiles
+            dense_kernel[(programs if persistent else tiles,)](
+                _blocks(x_data, tile.bm, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, level_of(x),
+                w.global_scale, m, n, k, y.stride(0), X_LEVEL=level_of(x) is not None,
+                W_LEVEL=w.global_scale is not None, BIAS=bias is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk,
+                GROUP_M=tile.group_m, STAGES=tile.stages, PERSISTENT=persistent, num_warps=tile.warps,
+            )  # fmt: skip
+        elif tma:
             halves = 2 if tile.rescaled else tile.halves
             programs = multiprocessors(platform) * tile.programs
             persistent = 0 < programs < tiles and tile.split == 1
@@ -141,20 +152,25 @@ def _multiply(
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
             kernels.gemm_kernel[(tiles, tile.split)](
-                x_data, w_data, y, bias, sx[0], sw, x.global_scale if isinstance(x, BlockScaled) else None,
+                x_data, w_data, y, bias, sx[0], sw, level_of(x),
                 w.global_scale, part, tickets, m, n, k, x_data.stride(0), w_data.stride(0), y.stride(0), sx[1], sx[2],
                 sw_n, sw_k, **how.constants, EVEN_K=even, **common,
             )  # fmt: skip
 
 
-def _takes_tma(x: BlockScaled | Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:
-    """Block copies: FP8, or what it was decoded to, in 128-wide blocks with fp32 activation scales, whole 16-byte units
-    of K."""
+def _takes_tma(x: BlockScaled | Values, x_data: Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:
+    """Block copies: whole 16-byte units of K; 16-bit values, or FP8 (or what it was decoded to) in 128-wide blocks with
+    fp32 activation scales."""
+    unit, k = 16 // x_data.element_size(), w.shape[-1]
+    if how.path not in _TMA_PATHS or not capability.has_tma(platform) or k % unit or x_data.data_ptr() % 16:
+        return False
+    if how.path == "dense":
+        return x_data.stride(0) % unit == 0
     c = how.constants
     return (
-        how.path in _TMA_PATHS and capability.has_tma(platform) and isinstance(x, BlockScaled)
-        and x.scale.dtype == torch.float32 and c["X_GROUP"] == c["W_GROUP"] == c["W_ROWS"] == 128
-        and c["LIFT"] == 1.0 and w.shape[-1] % 16 == 0 and w.data.data_ptr() % 16 == 0 and x.data.data_ptr() % 16 == 0
+        isinstance(x, BlockScaled) and x.scale.dtype == torch.float32
+        and c["X_GROUP"] == c["W_GROUP"] == c["W_ROWS"] == 128 and c["LIFT"] == 1.0 and k % 16 == 0
+        and w.data.data_ptr() % 16 == 0
     )  # fmt: skip
 
 

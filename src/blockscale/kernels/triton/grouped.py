@@ -19,8 +19,8 @@ from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
 from .capability import multiply_options, without_fp8
 from .grouped_kernels import grouped_kernel, levels_kernel
-from .operands import operand, quantize_activations, reading, scale_args
-from .quantize import on_device, quantize
+from .operands import Values, held, level_of, operand, quantize_activations, reading, scale_args
+from .quantize import on_device
 from .quantize_whole import amax_kernel
 
 Rows = Literal["sorted", "masked", "pairs"]
@@ -40,7 +40,7 @@ def grouped_linear(
 ) -> Tensor:
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
-    xq: BlockScaled | Tensor = x
+    xq: BlockScaled | Tensor | Values = x
     if fmt is not None and not fmt.two_level:
         xq = quantize_activations(x, fmt, w, numerics, platform, native=native)
     if fmt is None or not fmt.two_level:
@@ -50,8 +50,8 @@ def grouped_linear(
     levels, by_row = expert_levels(x, fmt, where, w, rows)
     if rows == "pairs":  # a row has another level, so other codes, for every expert that it meets
         x, where = x.repeat_interleave(where.shape[1], 0), where.reshape(-1, 1)
-    xq = quantize(x, fmt, platform if native else without_fp8(platform), level=by_row)
-    xq = replace(xq, global_scale=levels)
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, level=by_row)
+    xq = replace(xq, level=levels) if isinstance(xq, Values) else replace(xq, global_scale=levels)
     return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant)
 
 
@@ -75,7 +75,7 @@ def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: R
 
 
 def grouped_matmul(
-    x: BlockScaled | Tensor,
+    x: BlockScaled | Tensor | Values,
     w: BlockScaled,
     where: Tensor,
     platform: Platform,
@@ -97,6 +97,7 @@ def grouped_matmul(
     """
     if not native:
         platform = without_fp8(platform)
+    x = held(x, w, platform)
     experts, n, k = w.shape
     m = x.shape[0]
     if x.shape[1] != k or (rows != "pairs" and tuple(where.shape) != (experts,)):
@@ -117,14 +118,14 @@ def grouped_matmul(
         tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile
     else:
         tiles = experts * -(-per_expert // tile.bm) if rows == "masked" else out_rows
-    x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
+    x_data, w_data = (operand(q, how.constants[f"{side}_KIND"], how, platform) for q, side in ((x, "X"), (w, "W")))
     sx, sx_m, sx_k = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((out_rows, n), dtype=out_dtype)
     even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
     with on_device(y):
         grouped_kernel[(tiles * -(-n // tile.bn),)](
-            x_data, w_data, y, where, sx, sw, x.global_scale if isinstance(x, BlockScaled) else None, w.global_scale,
+            x_data, w_data, y, where, sx, sw, level_of(x), w.global_scale,
             per_expert if rows == "masked" else out_rows, experts,
             n, k, x_data.stride(0), w_data.stride(0), w_data.stride(1), y.stride(0), sx_m, sx_k, sw.stride(0), sw_n,
             sw_k, ROWS=rows, TOP_K=top_k, EXPERTS=1 << experts.bit_length(), **how.constants, EVEN_K=even, BM=tile.bm,

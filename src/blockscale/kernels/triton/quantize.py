@@ -84,6 +84,30 @@ def quantize(
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
 
 
+def quantized_values(
+    x: Tensor,
+    fmt: Format,
+    platform: Platform,
+    dtype: torch.dtype,
+    *,
+    floor: float = DEFAULT_FLOOR,
+    level: Tensor | None = None,
+    tickets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The numbers that `quantize` would store, code times scale, as `[rows, cols]` of `dtype`, and NVFP4's level, which
+    they leave out. Formats that `is_grouped`; the caller knows that the products are exact in dtype.
+    """
+    x = _rows_dense(x)
+    if fmt.two_level and level is None:
+        level = _nvfp4_level(x, fmt)
+    out = "native product" if capability.native_cast(platform, fmt.element.name) else "product"
+    held = _groups(
+        x, fmt, fmt.scale_rounding, floor, "row", platform, cols=x.shape[1], level=level, tickets=tickets,
+        values=dtype, out=out,
+    )  # fmt: skip
+    return held.data, level
+
+
 def swiglu_quantize(
     gate_up: Tensor,
     fmt: Format,
@@ -158,14 +182,18 @@ def _groups(
     fused: dict[str, Any] | None = None,
     tickets: Tensor | None = None,
     values: torch.dtype | None = None,
+    out: str = "value",
     tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
-    data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = computed(fmt, rounding, layout, platform)
+    if "product" in out:
+        data = scales = x.new_empty(rows, cols, dtype=values)  # the kernel stores no scale
+    else:
+        data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     if values is not None:
-        data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
+        data, how["OUT"] = x.new_empty(rows, cols, dtype=values) if out == "value" else data, out
     s_r, s_g, pack4 = _scale_strides(scales, layout)
     padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
     few = tile is None and rows <= FEW_ROWS
@@ -256,7 +284,7 @@ def _even(cols: int, group: int) -> bool:
 
 
 def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:
-    return data if how["OUT"] in ("native", "value") else data.view(torch.uint8)
+    return data if data.element_size() > 1 or how["OUT"] == "native" else data.view(torch.uint8)
 
 
 def _bytes(scales: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .quantize_parts import (
     quantize_groups,
     scale_of,
     store_codes,
+    store_products,
     stored_scale,
 )
 
@@ -134,7 +135,9 @@ def few_kernel(
     g = tl.program_id(0)
     r = tl.program_id(1)
     at = g * C + tl.arange(0, C)
-    s_ptr += r * s_r + g * s_g
+    PRODUCT: tl.constexpr = OUT == "product" or OUT == "native product"
+    if not PRODUCT:
+        s_ptr += r * s_r + g * s_g
     if r < rows:
         x = finite_or_nan(tl.load(x_ptr + r * x_row + at).to(tl.float32))
         scale = scale_of(tl.max(tl.abs(x), axis=0), floor, LIMIT, ROUNDING, MAX_EXPONENT, DIVIDE)
@@ -142,9 +145,12 @@ def few_kernel(
             scaled = divide_by(x, scale, DIVIDE)
         else:
             scaled = x * inverse_pow2(scale)
-        store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
-        tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
-    else:
+        if PRODUCT:
+            store_products(q_ptr + r * q_row + at, scaled, scale, None, ELEMENT, OUT)
+        else:
+            store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
+            tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
+    elif not PRODUCT:
         tl.store(s_ptr, tl.zeros([], s_ptr.dtype.element_ty))
     if TICKETS > 0:
         if (r == 0) & (g == 0):
