@@ -106,11 +106,19 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
     ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native value value loop loop 128 float16"),
     ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx checked loop loop 128 float16"),
     ("rocm:gfx90a", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
-    ("cuda:sm_90", "mxfp8", "mxfp8", "native value value loop loop 32 bfloat16"),
-    ("cuda:sm_80", "mxfp8", "mxfp8", "codec ptx ptx fold fold 0 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "mxfp8", "weight_only value ptx none fold 0 bfloat16"),
+    ("cuda:sm_80", "mxfp8", "mxfp8", "weight_only value ptx none fold 0 bfloat16"),
     ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx checked loop loop 32 float16"),
+    ("rocm:gfx950", "fp8_1x32_ue8m0", "fp8_32x32_ue8m0", "weight_only value fp8 none fold 0 bfloat16"),
+    ("rocm:gfx942", "mxfp8", "mxfp8", "weight_only value fp8 none fold 0 bfloat16"),
+    ("xpu:bmg", "mxfp8", "fp8_1x64_ue8m0", "weight_only value fp8 none loop 64 bfloat16"),
+    ("cuda:sm_90", "fp8_1x128_ue8m0", "fp8_128x128_ue8m0", "native value value loop loop 128 float16"),
+    ("cuda:sm_90", "fp8_1x128_ue8m0", "mxfp4", "weight_only value fp4 ptx none fold 0 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "fp8_128x128_ue8m0", "weight_only value ptx none loop 128 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "fp8_32x32", "native value value loop loop 32 bfloat16"),
     ("cuda:sm_90", "fp8_1x128", "mxfp4", "codec value fp4 ptx loop fold 128 bfloat16"),
-    ("rocm:gfx950", "nvfp4", "nvfp4", "codec fp4 fp4 fold fold 0 float16"),
+    ("rocm:gfx950", "nvfp4", "nvfp4", "weight_only value fp4 none fold 0 float16"),
+    ("cuda:sm_75", "nvfp4", "nvfp4", "weight_only value fp4 ptx none fold 0 float16"),
     ("cuda:sm_90", "fp8_row", "fp8_row", "native value value end end 0 float16"),
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
@@ -121,16 +129,46 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
 ]  # fmt: skip
 
 
+def read(x, w, platform, **more):
+    """`reading`, where x's codes times their scales need only be thought of."""
+    from blockscale.kernels.triton.operands import Values, reading
+
+    if not isinstance(x, torch.Tensor):
+        dtype = capability.common_dtype(x.format, x.scale.dtype, w.format, w.scale.dtype, platform)
+        return reading(x if dtype is None else Values(x.data.new_empty(4, 512, dtype=dtype)), w, platform, **more)
+    return reading(Values(x), w, platform, **more)
+
+
 @pytest.mark.parametrize(("chip", "act", "name", "want"), READ)
 def test_how_operands_are_read(chip, act, name, want):
-    from blockscale.kernels.triton.operands import reading
-
-    x = torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4)
-    how = reading(x, weight(name), Platform.parse(chip))
+    x, w, p = (
+        torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4),
+        weight(name),
+        Platform.parse(chip),
+    )
+    how = read(x, w, p)
     c = how.constants
     got = f"{how.path} {c['X_KIND']} {c['W_KIND']} {c['X_SCALE']} {c['W_SCALE']} {c['SPAN']}"
     names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
     assert f"{got} {names[str(c['COMPUTE'])]}" == want
+
+
+FIRST = [  # chip, activations, weight -> path where weights may be decoded beforehand
+    ("cuda:sm_90", "mxfp8", "mxfp8", "dense"), ("cuda:sm_90", "fp8_1x128_ue8m0", "mxfp4", "dense"),
+    ("cuda:sm_80", "nvfp4", "nvfp4", "dense"), ("cuda:sm_90", None, "fp8_128x128_ue8m0", "dense"),
+    ("cuda:sm_90", None, "fp8_128x128", "weight_only"),  # fp32 scales: a product has more bits than bf16
+    ("cuda:sm_90", None, "fp8_row_ue8m0", "weight_only"), ("cuda:sm_75", None, "mxfp8", "weight_only"),
+    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "decoded"), ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chip", "act", "name", "path"), FIRST)
+def test_weights_decoded_beforehand(chip, act, name, path):
+    x = torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4)
+    how = read(x, weight(name), Platform.parse(chip), decode_first=True)
+    assert how.path == path
+    if path == "dense":
+        assert (how.constants["W_KIND"], how.constants["W_SCALE"], how.constants["LIFT"]) == ("value", "none", 1.0)
 
 
 def test_fnuz_weights_and_activations_meet_native_instructions():
