@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .gemm_kernels import store_tile
-from .tiles import fold_scale, group_index, load_operand, tile_of
+from .tiles import fold_scale, group_index, load_operand, load_scales, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "s_row"])
@@ -43,7 +43,8 @@ def decode_scaled_kernel(
     k0 = tl.program_id(0) % across * BK
     row = tl.minimum(r, rows - 1).to(tl.int64)
     value = load_operand(q_ptr, row, q_stride, k0, K, KIND, y_ptr.dtype.element_ty, BK, EVEN_K)
-    value = fold_scale(value, s_ptr, group_index(row, ROWS), s_row, s_k, k0, K, S_KIND, GROUP, EVEN_K)
+    scale = load_scales(s_ptr, group_index(row, ROWS), s_row, s_k, k0, K, GROUP, BK, EVEN_K)
+    value = fold_scale(value, scale, S_KIND)
     if LIFT != 1.0:
         value = (value * LIFT).to(y_ptr.dtype.element_ty)
     k = k0 + tl.arange(0, BK)

@@ -52,7 +52,8 @@ def linear(
     tickets = None
     if x.shape[0] <= SMALL_M and not invariant and is_grouped(fmt) and not fmt.two_level:
         tickets = x.new_empty(-(-w.shape[-2] // 32), dtype=torch.int32)  # 32: no tile is narrower
-    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets)
+    first = x.shape[0] >= DECODE_FIRST and not invariant
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets, decode_first=first)
     return matmul(xq, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant, tickets=tickets)
 
 

@@ -32,11 +32,13 @@ _LIFT = {"ptx": ptx.FP16_LIFT, "fp4 ptx": ptx.FP4_FP16_LIFT, "ptx checked": ptx.
 class Values:
     """Activations `[M, K]` as the numbers that are multiplied: never quantized, or their scales are in them.
 
-    level: NVFP4's second level, which multiplies the sums; one number, or one for each expert.
+    level: NVFP4's second level, which multiplies the sums; one number, or one for each expert. shuffled: columns in the
+    order of `tiles.shuffled_column`, for weights that are decoded in the loop.
     """
 
     data: Tensor
     level: Tensor | None = None
+    shuffled: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -82,6 +84,7 @@ def quantize_activations(
     native: bool = True,
     tickets: Tensor | None = None,
     level: Tensor | None = None,
+    decode_first: bool = False,
 ) -> BlockScaled | Values:
     """x as `reference.quantize_activations` defines it, held as `reading` wants it. tickets: zeroed on the way.
 
@@ -97,8 +100,12 @@ def quantize_activations(
         capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform) if layout == "row" else None
     )
     if exact is not None and is_grouped(fmt) and numerics.act_floor >= _FLOOR:
+        shuffled = not decode_first and x.shape[1] % 32 == 0 and capability.shuffles(platform)
         return Values(
-            *quantized_values(x, fmt, platform, exact, floor=numerics.act_floor, level=level, tickets=tickets)
+            *quantized_values(
+                x, fmt, platform, exact, floor=numerics.act_floor, level=level, tickets=tickets, shuffled=shuffled
+            ),
+            shuffled,
         )
     if fmt.two_level:
         return quantize(x, fmt, platform, level=level)
@@ -161,6 +168,7 @@ def reading(x: BlockScaled | Values, w: BlockScaled, platform: Platform, *, deco
         "SW_KIND": capability.scale_kind(w.format, w.scale.dtype), "X_GROUP": x_group, "W_GROUP": w_group,
         "W_ROWS": w.format.block[0] or 0, "SPAN": gcd(*loops) if loops else 0, "COMPUTE": _TL[compute],
         "X_LEVEL": level_of(x) is not None, "W_LEVEL": w.global_scale is not None,
+        "SHUFFLED": isinstance(x, Values) and x.shuffled,
         "LIFT": _LIFT.get(x_kind, 1.0) * _LIFT.get(w_kind, 1.0) if compute == torch.float16 else 1.0,
     }  # fmt: skip
     return Reading(path, constants)

@@ -25,7 +25,8 @@ from .quantize_constants import computed, division
 
 _PARTS = 1024
 FEW_ROWS = 16
-"""Up to so many rows a program quantizes one group and no more."""
+"""Up to so many rows a program quantizes one group and no more, if it is not one of many short ones."""
+_FEW_GROUP = 64
 _BYTES = (torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 
 
@@ -93,9 +94,12 @@ def quantized_values(
     floor: float = DEFAULT_FLOOR,
     level: Tensor | None = None,
     tickets: Tensor | None = None,
+    shuffled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The numbers that `quantize` would store, code times scale, as `[rows, cols]` of `dtype`, and NVFP4's level, which
     they leave out. Formats that `is_grouped`; the caller knows that the products are exact in dtype.
+
+    shuffled: columns in the order of `tiles.shuffled_column`; cols in whole 32.
     """
     x = _rows_dense(x)
     if fmt.two_level and level is None:
@@ -103,7 +107,7 @@ def quantized_values(
     out = "native product" if capability.native_cast(platform, fmt.element.name) else "product"
     held = _groups(
         x, fmt, fmt.scale_rounding, floor, "row", platform, cols=x.shape[1], level=level, tickets=tickets,
-        values=dtype, out=out,
+        values=dtype, out=out, shuffled=shuffled,
     )  # fmt: skip
     return held.data, level
 
@@ -183,6 +187,7 @@ def _groups(
     tickets: Tensor | None = None,
     values: torch.dtype | None = None,
     out: str = "value",
+    shuffled: bool = False,
     tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
@@ -202,11 +207,11 @@ def _groups(
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     divide = division(platform, floor, x, fmt)
-    if few and not fused and not fmt.packed and not pack4 and _even(cols, group):
+    if few and group >= _FEW_GROUP and not fused and not fmt.packed and not pack4 and _even(cols, group):
         with on_device(x):
             kernels.few_kernel[(padded_groups, padded_rows)](
                 x, _codes(data, how), _bytes(scales), tickets, 0 if tickets is None else tickets.numel(), rows,
-                x.stride(0), data.stride(0), s_r, s_g, floor, **how, DIVIDE=divide,
+                x.stride(0), data.stride(0), s_r, s_g, floor, **how, DIVIDE=divide, SHUFFLED=shuffled,
                 TICKETS=0 if tickets is None else 256, C=group, **capability.quantize_options(platform, 1),
             )  # fmt: skip
         return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)
@@ -218,7 +223,7 @@ def _groups(
             -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
             0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
             SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
-            DIVIDE=divide, PACK4=pack4, EVEN=_even(cols, group),
+            DIVIDE=divide, PACK4=pack4, EVEN=_even(cols, group), SHUFFLED=shuffled,
             TICKETS=0 if tickets is None else 1024, FEW=two_axes, R=tile.rows, G=tile.groups, C=_pow2(group),
             **capability.quantize_options(platform, tile.warps),
         )  # fmt: skip

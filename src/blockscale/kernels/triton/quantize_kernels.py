@@ -57,6 +57,7 @@ def group_kernel(
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     TICKETS: tl.constexpr,
     FEW: tl.constexpr,
     R: tl.constexpr,
@@ -101,7 +102,7 @@ def group_kernel(
         x = tl.where(mask, x, 0.0)
     quantize_groups(
         x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, level_ptr,
-        level_row, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+        level_row, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN, SHUFFLED,
     )  # fmt: skip
 
 
@@ -125,6 +126,7 @@ def few_kernel(
     SCALE_KIND: tl.constexpr,
     OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     TICKETS: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -146,7 +148,7 @@ def few_kernel(
         else:
             scaled = x * inverse_pow2(scale)
         if PRODUCT:
-            store_products(q_ptr + r * q_row + at, scaled, scale, None, ELEMENT, OUT)
+            store_products(q_ptr + r * q_row, at, scaled, scale, None, ELEMENT, OUT, SHUFFLED)
         else:
             store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
             tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
@@ -227,5 +229,5 @@ def rmsnorm_kernel(
         x = (x * inverse * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         quantize_groups(
             x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, s_ptr,
-            0, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+            0, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN, False,
         )  # fmt: skip

@@ -7,7 +7,8 @@ ELEMENT, LIMIT: element name and its largest magnitude. ROUNDING, MAX_EXPONENT: 
 SCALE_KIND: how it is stored: "float" (fp32), "e8m0" or "e4m3" (bytes). OUT: "codec" stores bytes that integer code
 made, "native" lets the chip cast, "fnuz" stores E4M3FNUZ bytes of E4M3FN values beside doubled scales, "value" stores
 what the codes stand for as fp16 or bf16, for a multiplication that would decode them again in every tile, "product"
-stores code times scale and no scale ("native product": the chip casts).
+stores code times scale and no scale ("native product": the chip casts). SHUFFLED: those in the order of
+`tiles.shuffled_column`.
 DIVIDE: "ieee"; "fma" where the target fuses multiply-adds: the same result in a third of the instructions; "rcp" on
 NVIDIA for what has 16 bits: without the branches of a division.
 PACK4: scale bytes of four groups share a word ("ue8m0x4").
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from .codec import decode, encode, fn_to_fnuz, pack_fp4, pow2, pow2_exponent
 from .ptx import reciprocal_ptx
+from .tiles import shuffled_column
 
 
 @triton.jit
@@ -99,13 +101,21 @@ def store_codes(ptr, scaled, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
 
 
 @triton.jit
-def store_products(ptr, scaled, scale, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
-    """Round fp32 `scaled` to ELEMENT and store it times `scale`, which broadcasts: exact in the dtype of ptr."""
+def store_products(
+    ptr, col, scaled, scale, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr, SHUFFLED: tl.constexpr
+):  # fmt: skip
+    """Round fp32 `scaled` to ELEMENT and store it times `scale`, which broadcasts: exact in the dtype of ptr.
+
+    ptr: where the rows start. col: the columns.
+    """
     if OUT == "native product":
         value = scaled.to(tl.float8e4nv).to(tl.float32)
     else:
         value = decode(encode(scaled, ELEMENT), ELEMENT, tl.float32)
-    tl.store(ptr, (value * scale).to(ptr.dtype.element_ty), mask=mask)
+    if SHUFFLED:
+        col = shuffled_column(col)
+    at = ptr + col
+    tl.store(at, (value * scale).to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -173,6 +183,7 @@ def quantize_groups(
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
+    SHUFFLED: tl.constexpr,
 ):
     """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside.
 
@@ -209,7 +220,7 @@ def quantize_groups(
         if ELEMENT == "fp4":
             scaled = tl.where(whole[:, :, None], scaled, 0.0)
         mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
-        store_products(q_ptr + row * q_row + col, scaled, scale[:, :, None], mask, ELEMENT, OUT)
+        store_products(q_ptr + row * q_row, col, scaled, scale[:, :, None], mask, ELEMENT, OUT, SHUFFLED)
     elif ELEMENT == "fp4":
         byte = pack_fp4(encode(tl.where(whole[:, :, None], scaled, 0.0), "fp4"))
         half = g[None, :, None] * (GROUP // 2) + tl.arange(0, c.shape[0] // 2)[None, None, :]
