@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_scale, unpack_fp4
+from .codec import decode, decode_scale, e8m0_as_bf16, unpack_fp4
 from .ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 
 
@@ -60,6 +60,12 @@ def load_operand(
         raw = tl.load(at)
     else:
         raw = tl.load(at, mask=(k < k_end)[None, :], other=0.0 if KIND == "value" or KIND == "cast" else 0)
+    return decoded(raw, KIND, COMPUTE)
+
+
+@triton.jit
+def decoded(raw, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+    """What `load_operand` loads, as the matrix unit takes it."""
     if KIND == "value":
         tile = raw
     elif KIND == "cast":
@@ -91,7 +97,9 @@ def load_scales(ptr, row, s_row, s_k, k0, k_end, GROUP: tl.constexpr, BK: tl.con
 @triton.jit
 def fold_scale(tile, raw, KIND: tl.constexpr):
     """Multiply `[rows, BK]` by its stored scales `[rows, groups]`."""
-    scale = decode_scale(raw, KIND).to(tile.dtype)
+    scale = (
+        e8m0_as_bf16(raw) if KIND == "e8m0" and tile.dtype == tl.bfloat16 else decode_scale(raw, KIND).to(tile.dtype)
+    )
     grouped = tl.reshape(tile, (tile.shape[0], raw.shape[1], tile.shape[1] // raw.shape[1])) * scale[:, :, None]
     return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
 
