@@ -15,12 +15,11 @@ from typing import Literal
 from .platform import Platform
 
 GemmPath = Literal[
-    "tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold", "dense", "dense_tma"
+    "tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold", "dense"
 ]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
 decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop.
-"fold": scales of short groups are multiplied into an operand there, which needs registers. "dense": weights decoded
-with their scales to 16 bits beforehand."""
+"fold": scales of short groups are multiplied into an operand there, which needs registers. "dense": with them, before."""
 
 _REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64
@@ -119,7 +118,6 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "codec_fold"): (128, 128, 128, 8, 3),
     ("sm_90", "weight_only_fold"): (128, 128, 64, 8, 3),
     ("sm_90", "dense"): (128, 128, 64, 8, 3),
-    ("sm_90", "dense_tma"): (256, 128, 64, 8, 4),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),

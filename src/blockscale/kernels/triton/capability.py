@@ -61,12 +61,6 @@ def bf16_dot(platform: Platform) -> torch.dtype:
 
 
 @cache
-def shuffles(platform: Platform) -> bool:
-    """Whether x comes in the order of `tiles.shuffled_column`, which is NVIDIA's order of registers."""
-    return platform.capability >= 80 or platform.kind not in KINDS
-
-
-@cache
 def has_tma(platform: Platform) -> bool:
     """Tensor memory accelerator: block copies described on the host."""
     return platform.capability in (90, 100, 103)

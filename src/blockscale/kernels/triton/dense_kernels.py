@@ -52,27 +52,6 @@ def decode_scaled_kernel(
     tl.store(y_ptr + r.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
 
 
-@triton.jit
-def dense_tile(
-    x_desc, w_desc, y_ptr, bias_ptr, x_level_ptr, w_level_ptr, M, N, K, y_stride, tile, BIAS: tl.constexpr,
-    X_LEVEL: tl.constexpr, W_LEVEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One tile of `dense_kernel`."""
-    pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for step in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
-        x = x_desc.load([pm * BM, step * BK])
-        w = w_desc.load([pn * BN, step * BK])
-        acc = tl.dot(x, w.T, acc)
-    if X_LEVEL:
-        acc *= tl.load(x_level_ptr)
-    if W_LEVEL:
-        acc *= tl.load(w_level_ptr)
-    rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    store_tile(acc, y_ptr, bias_ptr, rm, rn, M, N, y_stride, BIAS, False)
-
-
 @triton.jit(do_not_specialize=["M"])
 def dense_kernel(
     x_desc,
@@ -93,21 +72,21 @@ def dense_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
-    PERSISTENT: tl.constexpr,
 ):
     """16-bit operands through block copies (TMA), one fp32 sum a result, any M, N and K in whole 16-byte units.
 
-    PERSISTENT: programs walk over tiles.
+    One program a tile: persistent ones were not faster (bench/results/hopper-notes.md).
     """
-    if PERSISTENT:
-        tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-            dense_tile(
-                x_desc, w_desc, y_ptr, bias_ptr, x_level_ptr, w_level_ptr, M, N, K, y_stride, tile, BIAS, X_LEVEL,
-                W_LEVEL, BM, BN, BK, GROUP_M, STAGES,
-            )  # fmt: skip
-    else:
-        dense_tile(
-            x_desc, w_desc, y_ptr, bias_ptr, x_level_ptr, w_level_ptr, M, N, K, y_stride, tl.program_id(0), BIAS,
-            X_LEVEL, W_LEVEL, BM, BN, BK, GROUP_M, STAGES,
-        )  # fmt: skip
+    pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
+        x = x_desc.load([pm * BM, step * BK])
+        w = w_desc.load([pn * BN, step * BK])
+        acc = tl.dot(x, w.T, acc)
+    if X_LEVEL:
+        acc *= tl.load(x_level_ptr)
+    if W_LEVEL:
+        acc *= tl.load(w_level_ptr)
+    store_tile(
+        acc, y_ptr, bias_ptr, pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), M, N, y_stride, BIAS, False
+    )

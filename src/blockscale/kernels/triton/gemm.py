@@ -17,15 +17,16 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import SMALL_M, GemmPath, GemmTile, by_pointers, decoded_rows, gemm_tile, multiprocessors
-from . import capability
+from . import capability, exact
 from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
 from .dense_kernels import dense_kernel
-from .operands import Reading, Values, held, level_of, operand, quantize_activations, reading, scale_args
+from .folded_kernels import folded_kernel
+from .operands import Reading, Values, held, level_of, operand, quantize_activations, reading, scale_args, values_dtype
 from .quantize import on_device
 from .tma_kernels import tma_kernel
 
-_TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16", "dense": "dense_tma"}
+_TMA_PATHS: dict[str, GemmPath] = {"native": "tma", "decoded": "tma16"}
 DECODE_FIRST = 512
 """From this many rows on, bytes are decoded to 16 bits once instead of in every tile that reads them: the codes, whose
 scales stay apart, and in slices (`tuning.decoded_rows`), so that a call needs memory for one slice only."""
@@ -49,11 +50,14 @@ def linear(
     fmt = numerics.activation_format(w.format)
     if fmt is None:
         return matmul(x, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant)
-    tickets = None
-    if x.shape[0] <= SMALL_M and not invariant and is_grouped(fmt) and not fmt.two_level:
-        tickets = x.new_empty(-(-w.shape[-2] // 32), dtype=torch.int32)  # 32: no tile is narrower
-    first = x.shape[0] >= DECODE_FIRST and not invariant
-    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets, decode_first=first)
+    tickets, (m, k) = None, x.shape
+    shuffled = (
+        m <= exact.FOLDED_M and not invariant and exact.shuffles(m, k, platform)
+        and values_dtype(fmt, w, numerics, platform) is not None
+    )  # fmt: skip
+    if (m <= SMALL_M or shuffled) and not invariant and is_grouped(fmt) and not fmt.two_level:
+        tickets = x.new_empty(-(-w.shape[-2] // 32) + 1, dtype=torch.int32)  # no tile has fewer than 32 rows by 64
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets, shuffled=shuffled)
     return matmul(xq, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant, tickets=tickets)
 
 
@@ -71,18 +75,26 @@ def matmul(
 ) -> Tensor:
     """`x: [M, K]`, quantized or (weight-only) as it is, times `w: [N, K]` -> `[M, N]`.
 
-    tile: instead of tuning's. tickets: int32 zeros, one for each column tile; made here when missing and needed.
+    tile: instead of tuning's. tickets: int32 zeros, one for each tile; made here when missing, or too few.
     """
     if not native:
         platform = without_fp8(platform)
     x = held(x, w, platform)
     (m, k), n = x.shape, w.shape[-2]
-    how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant)
+    folded = isinstance(x, Values) and x.shuffled
+    how = reading(x, w, platform, decode_first=m >= DECODE_FIRST and not invariant and not folded)
     x_data = operand(x, how.constants["X_KIND"], how, platform)
-    tma = _takes_tma(x, x_data, w, how, platform) and (invariant or not by_pointers(m, n, platform))
-    path = _TMA_PATHS[how.path] if tma else how.tile_path
+    tma = _takes_tma(x, x_data, w, how, platform) and (invariant or not by_pointers(m, n, platform) or folded)
+    path = _TMA_PATHS.get(how.path, how.tile_path) if tma else how.tile_path
     y = x_data.new_empty((m, n), dtype=out_dtype)
-    rows = decoded_rows(m, n, k, w.format.block[0] or 1, platform) if how.path in ("decoded", "dense") else max(n, 1)
+    rows, block_rows = max(n, 1), w.format.block[0] or 1
+    if folded:
+        tile = tile or exact.folded_tile(m, n, k, platform)
+    elif how.path == "dense" and tma:
+        rows, planned = exact.dense_plan(m, n, k, block_rows, platform)
+        tile = tile or planned
+    elif how.path in ("decoded", "dense"):
+        rows = decoded_rows(m, n, k, block_rows, platform)
     for first in range(0, n, rows):
         columns = y if rows >= n else y[:, first : first + rows]
         chosen = tile or gemm_tile(path, m, columns.shape[1], k, how.span, platform, invariant=invariant)
@@ -123,22 +135,26 @@ def _multiply(
     part = None
     if tile.split > 1:
         part = y.new_empty(tiles * tile.split * tile.bm * tile.bn, dtype=torch.float32)
-        if tickets is None:
+        if tickets is None or tickets.numel() < tiles:
             tickets = y.new_zeros(tiles, dtype=torch.int32)
     common: dict[str, Any] = {
-        "BIAS": bias is not None, "BM": tile.bm, "BN": tile.bn, "SPLIT": tile.split, "SWAP": tile.swap,
-        "BK": tile.bk, "GROUP_M": tile.group_m, "STAGES": tile.stages, "num_warps": tile.warps,
-        **capability.multiply_options(platform),
+        "BIAS": bias is not None, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": tile.group_m,
+        "STAGES": tile.stages, "num_warps": tile.warps, **capability.multiply_options(platform),
     }  # fmt: skip
+    slices: dict[str, Any] = {"SPLIT": tile.split, "SWAP": tile.swap}
     with on_device(y):
-        if tma and how.path == "dense":
-            programs = multiprocessors(platform) * tile.programs
-            persistent = 0 < programs < tiles
-            dense_kernel[(programs if persistent else tiles,)](
+        if tma and how.path == "weight_only":
+            taken = ("W_KIND", "SW_KIND", "W_GROUP", "W_ROWS", "COMPUTE", "X_LEVEL", "W_LEVEL", "LIFT")
+            folded_kernel[(tiles, tile.split)](
+                _blocks(x_data, tile.bm, tile.bk), _blocks(w_data, tile.bn, tile.bk // (2 if w.format.packed else 1)),
+                y, bias, sw, level_of(x), w.global_scale, part, tickets, m, n, k, y.stride(0), sw_n, sw_k,
+                **{name: how.constants[name] for name in taken}, SPLIT=tile.split, **common,
+            )  # fmt: skip
+        elif tma and how.path == "dense":
+            dense_kernel[(tiles,)](
                 _blocks(x_data, tile.bm, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, level_of(x),
-                w.global_scale, m, n, k, y.stride(0), X_LEVEL=level_of(x) is not None,
-                W_LEVEL=w.global_scale is not None, BIAS=bias is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-                GROUP_M=tile.group_m, STAGES=tile.stages, PERSISTENT=persistent, num_warps=tile.warps,
+                w.global_scale, m, n, k, y.stride(0), X_LEVEL=how.constants["X_LEVEL"],
+                W_LEVEL=how.constants["W_LEVEL"], **common,
             )  # fmt: skip
         elif tma:
             halves = 2 if tile.rescaled else tile.halves
@@ -148,31 +164,35 @@ def _multiply(
                 _blocks(x_data, tile.bm, tile.bk) if tile.rescaled else None,
                 _blocks(x_data, tile.bm // halves, tile.bk), _blocks(w_data, tile.bn, tile.bk), y, bias, sx[0], sw,
                 part, tickets, m, n, k, y.stride(0), sx[1], sx[2], sw_n, sw_k, SW_KIND=how.constants["SW_KIND"],
-                HALVES=halves, RESCALED=tile.rescaled, PERSISTENT=persistent, **common,
+                HALVES=halves, RESCALED=tile.rescaled, PERSISTENT=persistent, **slices, **common,
             )  # fmt: skip
         else:
             even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
             kernels.gemm_kernel[(tiles, tile.split)](
                 x_data, w_data, y, bias, sx[0], sw, level_of(x),
                 w.global_scale, part, tickets, m, n, k, x_data.stride(0), w_data.stride(0), y.stride(0), sx[1], sx[2],
-                sw_n, sw_k, **how.constants, EVEN_K=even, **common,
+                sw_n, sw_k, **how.constants, EVEN_K=even, **slices, **common,
             )  # fmt: skip
 
 
 def _takes_tma(x: BlockScaled | Values, x_data: Tensor, w: BlockScaled, how: Reading, platform: Platform) -> bool:
-    """Block copies: whole 16-byte units of K; 16-bit values, or FP8 (or what it was decoded to) in 128-wide blocks with
-    fp32 activation scales."""
-    unit, k = 16 // x_data.element_size(), w.shape[-1]
-    if how.path not in _TMA_PATHS or not capability.has_tma(platform) or k % unit or x_data.data_ptr() % 16:
+    """Block copies want rows that begin at multiples of 16 bytes. They serve FP8 (or what it was decoded to) in
+    128-wide blocks with fp32 activation scales, and 16-bit values: with weights decoded beforehand, or x shuffled."""
+    if not capability.has_tma(platform) or not _whole_rows(x_data):
         return False
-    if how.path == "dense":
-        return x_data.stride(0) % unit == 0
+    if isinstance(x, Values):
+        k = w.shape[-1]
+        return k % 8 == 0 if how.path == "dense" else x.shuffled and platform.capability == 90 and _whole_rows(w.data)
     c = how.constants
     return (
-        isinstance(x, BlockScaled) and x.scale.dtype == torch.float32
-        and c["X_GROUP"] == c["W_GROUP"] == c["W_ROWS"] == 128 and c["LIFT"] == 1.0 and k % 16 == 0
+        how.path in _TMA_PATHS and x.scale.dtype == torch.float32
+        and c["X_GROUP"] == c["W_GROUP"] == c["W_ROWS"] == 128 and c["LIFT"] == 1.0 and w.shape[-1] % 16 == 0
         and w.data.data_ptr() % 16 == 0
     )  # fmt: skip
+
+
+def _whole_rows(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
 def _blocks(t: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -17,6 +17,7 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
+from . import exact
 from .capability import multiply_options, without_fp8
 from .grouped_kernels import grouped_kernel, levels_kernel
 from .operands import Values, held, level_of, operand, quantize_activations, reading, scale_args
@@ -40,9 +41,10 @@ def grouped_linear(
 ) -> Tensor:
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
+    shuffled = not invariant and exact.shuffles(_per_expert(x, w, rows), x.shape[1], platform)
     xq: BlockScaled | Tensor | Values = x
     if fmt is not None and not fmt.two_level:
-        xq = quantize_activations(x, fmt, w, numerics, platform, native=native)
+        xq = quantize_activations(x, fmt, w, numerics, platform, native=native, shuffled=shuffled)
     if fmt is None or not fmt.two_level:
         return grouped_matmul(
             xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant
@@ -50,9 +52,14 @@ def grouped_linear(
     levels, by_row = expert_levels(x, fmt, where, w, rows)
     if rows == "pairs":  # a row has another level, so other codes, for every expert that it meets
         x, where = x.repeat_interleave(where.shape[1], 0), where.reshape(-1, 1)
-    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, level=by_row)
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, level=by_row, shuffled=shuffled)
     xq = replace(xq, level=levels) if isinstance(xq, Values) else replace(xq, global_scale=levels)
     return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant)
+
+
+def _per_expert(x: Tensor | BlockScaled | Values, w: BlockScaled, rows: Rows) -> int:
+    """Rows that an expert gets on average: what a tile is chosen for."""
+    return 1 if rows == "pairs" else max(x.shape[0] // w.shape[0], 1)
 
 
 def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -107,12 +114,15 @@ def grouped_matmul(
     how, where = reading(x, w, platform), where.contiguous()
     top_k = 1
     if rows == "sorted" or rows == "masked":
-        out_rows, per_expert = m, m // experts
+        out_rows = m
     else:
         top_k = where.numel() // m
-        out_rows, per_expert = where.numel(), 1
-    if tile is None:
-        tile = gemm_tile(how.tile_path, max(per_expert, 1), n, k, how.span, platform, invariant=invariant)
+        out_rows = where.numel()
+    per_expert = _per_expert(x, w, rows)
+    if tile is None and isinstance(x, Values) and x.shuffled:
+        tile = exact.folded_tile(per_expert, n, k, platform)
+    elif tile is None:
+        tile = gemm_tile(how.tile_path, per_expert, n, k, how.span, platform, invariant=invariant)
     tile = replace(tile, split=1, bk=max(tile.bk, how.folded))
     if rows == "sorted":
         tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile

@@ -84,23 +84,21 @@ def quantize_activations(
     native: bool = True,
     tickets: Tensor | None = None,
     level: Tensor | None = None,
-    decode_first: bool = False,
+    shuffled: bool = False,
 ) -> BlockScaled | Values:
     """x as `reference.quantize_activations` defines it, held as `reading` wants it. tickets: zeroed on the way.
 
-    level: NVFP4's second level, where it is known: one number, or one for each row. Codes stay codes where matrix
-    instructions take them; they become values where those would decode them in every tile, and values times scales
-    where that is exact and spares the promotion of short groups: the numbers are the same.
+    level: NVFP4's second level, where it is known: one number, or one for each row. shuffled: as `Values` has it, if it
+    becomes values with their scales. Codes stay codes where matrix instructions take them; they become values where
+    every tile would decode them again, and values times scales where that is exact and spares the promotion of short
+    groups: the numbers are the same.
     """
     if not native:
         platform = without_fp8(platform)
     layout = "fnuz" if w.layout == "fnuz" else "row"
     level = w.input_scale if fmt.two_level and level is None else level
-    exact = (
-        capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform) if layout == "row" else None
-    )
-    if exact is not None and is_grouped(fmt) and numerics.act_floor >= _FLOOR:
-        shuffled = not decode_first and x.shape[1] % 32 == 0 and capability.shuffles(platform)
+    exact = values_dtype(fmt, w, numerics, platform)
+    if exact is not None:
         return Values(
             *quantized_values(
                 x, fmt, platform, exact, floor=numerics.act_floor, level=level, tickets=tickets, shuffled=shuffled
@@ -121,6 +119,13 @@ def quantize_activations(
             layout = "tma"
             values = None if _native(element, w, platform) else compute_dtype(False, w, platform)
     return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout, tickets=tickets, values=values)
+
+
+def values_dtype(fmt: Format, w: BlockScaled, numerics: Numerics, platform: Platform) -> torch.dtype | None:
+    """What activations quantized to fmt become if they are held as values times their scales; None: they are not."""
+    if w.layout != "row" or not is_grouped(fmt) or numerics.act_floor < _FLOOR:
+        return None
+    return capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform)
 
 
 def held(x: BlockScaled | Tensor | Values, w: BlockScaled, platform: Platform) -> BlockScaled | Values:

@@ -21,7 +21,7 @@ from . import capability
 from . import quantize_kernels as kernels
 from . import quantize_whole as whole_kernels
 from .capability import is_grouped
-from .quantize_constants import computed, division
+from .quantize_constants import computed, division, padded, scale_strides
 
 _PARTS = 1024
 FEW_ROWS = 16
@@ -64,7 +64,7 @@ def quantize(
         )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
     how = computed(fmt, rounding, layout, platform)
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
+    s_r, s_g, pack4 = scale_strides(scales, layout)
     with on_device(x):
         if fmt.block == (None, None):
             parts = x.new_empty(min(rows, _PARTS), dtype=torch.float32)
@@ -151,8 +151,8 @@ def rmsnorm_quantize(
     rows, cols = x.shape
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = computed(fmt, scale_rounding or fmt.scale_rounding, layout, platform)
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
-    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    s_r, s_g, pack4 = scale_strides(scales, layout)
+    padded_rows, padded_groups = padded(fmt, rows, cols, layout)
     group = fmt.block[1] or cols
     whole = _pow2(padded_groups) * _pow2(group) <= 16384
     tile = _pow2(padded_groups) if whole else max(2048 // _pow2(group), 1)
@@ -199,8 +199,8 @@ def _groups(
         data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     if values is not None:
         data, how["OUT"] = x.new_empty(rows, cols, dtype=values) if out == "value" else data, out
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
-    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    s_r, s_g, pack4 = scale_strides(scales, layout)
+    padded_rows, padded_groups = padded(fmt, rows, cols, layout)
     few = tile is None and rows <= FEW_ROWS
     tile = tile or quantize_tile(
         rows, padded_groups, group, platform, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
@@ -267,21 +267,6 @@ def _allocate(
         return data, new((gc, -(-gr // 4) * 4), dtype=torch.float32)
     scale_dtype = torch.float32 if layout == "fnuz" else fmt.scale_dtype
     return data, x.new_empty((gc, gr) if layout == "col_scales" else (gr, gc), dtype=scale_dtype)
-
-
-def _scale_strides(scales: Tensor, layout: str) -> tuple[int, int, bool]:
-    """(stride of rows, stride of groups, packed by four), in elements of what is stored."""
-    if layout in ("col_scales", "tma", "ue8m0x4"):
-        return 1, scales.shape[1], layout == "ue8m0x4"
-    return scales.shape[1], 1, False
-
-
-def _padded(fmt: Format, rows: int, cols: int, layout: str) -> tuple[int, int]:
-    """Rows and groups of the scale grid with the zero padding that the layout asks for."""
-    gr, gc = fmt.scale_shape(rows, cols)
-    if layout not in ("tma", "ue8m0x4"):
-        return gr, gc
-    return -(-gr // 4) * 4, -(-gc // 4) * 4 if layout == "ue8m0x4" else gc
 
 
 def _even(cols: int, group: int) -> bool:

@@ -10,12 +10,12 @@ import triton.language as tl
 from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
-from blockscale.kernels.triton import KERNELS, gemm, operands, tma_kernels
+from blockscale.kernels.triton import KERNELS, exact, gemm, operands, tma_kernels
 from blockscale.kernels.triton.dense_kernels import dense_kernel
 from blockscale.kernels.triton.tma_kernels import rescaled
 from blockscale.numerics import get_numerics
 from blockscale.tensor import BlockScaled
-from blockscale.tuning import gemm_tile
+from blockscale.tuning import GemmTile, gemm_tile
 
 F16, F32 = torch.float16, torch.float32
 EXACT = 3e-7
@@ -240,18 +240,34 @@ def test_a_floor_that_bf16_could_not_hold_keeps_scales_apart(platform, g):
         assert isinstance(operands.quantize_activations(torch.randn(3, 64), fmt, w, numerics, platform), kind)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("levels", [False, True])
-def test_block_copies_of_values(levels, persistent, g):
+def test_block_copies_of_values(levels, g):
     """Ragged M, N and K in tiles of 32."""
     x, w, bias = torch.randn(70, 336, generator=g), torch.randn(40, 336, generator=g), torch.randn(40, generator=g)
     one, two = torch.tensor(0.5), torch.tensor(3.0)
     y = torch.full((70, 40), torch.nan)
-    dense_kernel[(2 if persistent else 6,)](
+    dense_kernel[(6,)](
         gemm._blocks(x, 32, 64), gemm._blocks(w, 32, 64), y, bias, one, two, 70, 40, 336, 40, BIAS=True,
-        X_LEVEL=levels, W_LEVEL=levels, BM=32, BN=32, BK=64, GROUP_M=8, STAGES=1, PERSISTENT=persistent,
+        X_LEVEL=levels, W_LEVEL=levels, BM=32, BN=32, BK=64, GROUP_M=8, STAGES=1,
     )  # fmt: skip
     assert worst_row(y, x.double() @ w.double().T * (1.5 if levels else 1) + bias) < EXACT
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("name", "policy"), [case for case in SHORT if case[1] != "weight_only"])
+def test_weights_decoded_in_registers(name, policy, split, platform, g, monkeypatch):
+    """Shuffled activations, with pointers and with block copies: ragged M and N, K of whole 32 but no whole step."""
+    monkeypatch.setattr(exact, "shuffles", lambda *_: True)
+    numerics, tile = get_numerics(policy), GemmTile(16, 32, 64, 4, 1, "test", split=split, swap=True)
+    monkeypatch.setattr(exact, "folded_tile", lambda *_: tile)
+    w = reference.quantize(torch.randn(72, 352, generator=g), get_format(name))
+    x, bias = torch.randn(35, 352, generator=g), torch.randn(72, generator=g)
+    want = reference.linear(x, w, bias, numerics=numerics)
+    assert worst_row(gemm.linear(x, w, bias, numerics, F32, platform), want) < EXACT
+    seen = []
+    monkeypatch.setattr(gemm, "_takes_tma", lambda x, *_: seen.append(x.shuffled) or True)
+    assert worst_row(gemm.linear(x, w, bias, numerics, F32, platform), want) < EXACT
+    assert seen == [True]
 
 
 CONFORMANCE = [
