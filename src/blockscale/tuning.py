@@ -19,7 +19,7 @@ GemmPath = Literal[
 ]
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
 decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop.
-"fold": scales of short groups are multiplied into an operand there, which needs registers. "dense": with them, before."""
+"fold": scales of short groups are multiplied into an operand there, which needs registers. "dense": before that."""
 
 _REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64

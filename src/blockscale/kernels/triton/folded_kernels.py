@@ -50,7 +50,7 @@ def folded_kernel(
 ):
     """One program: `[BN, BM]` of the transposed result over one of SPLIT slices of K. x_desc: boxes of BM x BK values,
     shuffled; w_desc: boxes of BN rows of the bytes that hold BK codes. K in whole 32."""
-    BYTES: tl.constexpr = BK // 2 if W_KIND == "fp4 ptx" else BK
+    BYTES: tl.constexpr = BK // 2 if W_KIND == "fp4" or W_KIND == "fp4 ptx" else BK
     tile = tl.program_id(0)
     piece = tl.program_id(1)
     pm, pn = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
