@@ -24,9 +24,12 @@ _SLICE = 32 << 20
 _SHARED = 227 << 10
 
 
-def shuffles(m: int, k: int, platform: Platform) -> bool:
-    """Whether m rows (of one expert) meet weights that are decoded in wgmma's registers, so that x comes shuffled."""
-    return platform.capability == 90 and m > _POINTERS_M and k % 32 == 0
+def shuffles(m: int, k: int, group: int | None, platform: Platform) -> bool:
+    """Whether m rows (of one expert) meet weights that are decoded in wgmma's registers, so that x comes shuffled.
+
+    group: elements of K that share a weight's scale, which a step of 64 has to hold whole.
+    """
+    return platform.capability == 90 and m > _POINTERS_M and k % 32 == 0 and group in (16, 32, 64)
 
 
 @lru_cache(1 << 12)

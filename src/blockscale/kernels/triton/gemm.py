@@ -52,7 +52,7 @@ def linear(
         return matmul(x, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant)
     tickets, (m, k) = None, x.shape
     shuffled = (
-        m <= exact.FOLDED_M and not invariant and exact.shuffles(m, k, platform)
+        m <= exact.FOLDED_M and not invariant and exact.shuffles(m, k, w.format.block[1], platform)
         and values_dtype(fmt, w, numerics, platform) is not None
     )  # fmt: skip
     if (m <= SMALL_M or shuffled) and not invariant and is_grouped(fmt) and not fmt.two_level:

@@ -41,7 +41,7 @@ def grouped_linear(
 ) -> Tensor:
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
-    shuffled = not invariant and exact.shuffles(_per_expert(x, w, rows), x.shape[1], platform)
+    shuffled = not invariant and exact.shuffles(_per_expert(x, w, rows), x.shape[1], w.format.block[1], platform)
     xq: BlockScaled | Tensor | Values = x
     if fmt is not None and not fmt.two_level:
         xq = quantize_activations(x, fmt, w, numerics, platform, native=native, shuffled=shuffled)
