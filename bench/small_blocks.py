@@ -98,9 +98,10 @@ def experts_row(m: int, n: int, k: int) -> dict[str, Any]:
     offsets = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (m // EXPERTS)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     found: dict[str, Any] = {"experts": EXPERTS, "m": m, "n": n, "k": k}
-    graphs = {}
+    graphs, held = {}, []
     for format, numerics in NUMERICS.items():
         ws = weights(n, k, 2, format, EXPERTS)
+        held.append(ws)  # graphs read them until the end
         y, first = ops.grouped_linear(x, ws[0], offsets, numerics=numerics), m // EXPERTS
         error = worst_row(y[:first], x[:first], ws[0][0], numerics)
         if error < WORST_ROW:

@@ -33,7 +33,7 @@ class Values:
     """Activations `[M, K]` as the numbers that are multiplied: never quantized, or their scales are in them.
 
     level: NVFP4's second level, which multiplies the sums; one number, or one for each expert. shuffled: columns in the
-    order of `tiles.shuffled_column`, for weights that are decoded in the loop.
+    order of `tiles.shuffled`, for weights that are decoded in the loop.
     """
 
     data: Tensor

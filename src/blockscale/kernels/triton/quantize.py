@@ -99,7 +99,7 @@ def quantized_values(
     """The numbers that `quantize` would store, code times scale, as `[rows, cols]` of `dtype`, and NVFP4's level, which
     they leave out. Formats that `is_grouped`; the caller knows that the products are exact in dtype.
 
-    shuffled: columns in the order of `tiles.shuffled_column`; cols in whole 32.
+    shuffled: columns in the order of `tiles.shuffled`; cols in whole 32.
     """
     x = _rows_dense(x)
     if fmt.two_level and level is None:
@@ -207,11 +207,19 @@ def _groups(
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     divide = division(platform, floor, x, fmt)
-    if few and group >= _FEW_GROUP and not fused and not fmt.packed and not pack4 and _even(cols, group):
+    if (
+        few
+        and group >= _FEW_GROUP
+        and not shuffled
+        and not fused
+        and not fmt.packed
+        and not pack4
+        and _even(cols, group)
+    ):
         with on_device(x):
             kernels.few_kernel[(padded_groups, padded_rows)](
                 x, _codes(data, how), _bytes(scales), tickets, 0 if tickets is None else tickets.numel(), rows,
-                x.stride(0), data.stride(0), s_r, s_g, floor, **how, DIVIDE=divide, SHUFFLED=shuffled,
+                x.stride(0), data.stride(0), s_r, s_g, floor, **how, DIVIDE=divide,
                 TICKETS=0 if tickets is None else 256, C=group, **capability.quantize_options(platform, 1),
             )  # fmt: skip
         return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols), level)

@@ -15,10 +15,10 @@ from .quantize_parts import (
     finite_or_nan,
     inside,
     inverse_pow2,
+    products,
     quantize_groups,
     scale_of,
     store_codes,
-    store_products,
     stored_scale,
 )
 
@@ -126,7 +126,6 @@ def few_kernel(
     SCALE_KIND: tl.constexpr,
     OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
-    SHUFFLED: tl.constexpr,
     TICKETS: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -148,7 +147,8 @@ def few_kernel(
         else:
             scaled = x * inverse_pow2(scale)
         if PRODUCT:
-            store_products(q_ptr + r * q_row, at, scaled, scale, None, ELEMENT, OUT, SHUFFLED)
+            value = products(scaled, scale, ELEMENT, OUT)
+            tl.store(q_ptr + r * q_row + at, value.to(q_ptr.dtype.element_ty))
         else:
             store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
             tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))

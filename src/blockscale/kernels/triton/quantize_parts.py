@@ -8,7 +8,7 @@ SCALE_KIND: how it is stored: "float" (fp32), "e8m0" or "e4m3" (bytes). OUT: "co
 made, "native" lets the chip cast, "fnuz" stores E4M3FNUZ bytes of E4M3FN values beside doubled scales, "value" stores
 what the codes stand for as fp16 or bf16, for a multiplication that would decode them again in every tile, "product"
 stores code times scale and no scale ("native product": the chip casts). SHUFFLED: those in the order of
-`tiles.shuffled_column`.
+`tiles.shuffled`.
 DIVIDE: "ieee"; "fma" where the target fuses multiply-adds: the same result in a third of the instructions; "rcp" on
 NVIDIA for what has 16 bits: without the branches of a division.
 PACK4: scale bytes of four groups share a word ("ue8m0x4").
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .codec import decode, encode, fn_to_fnuz, pack_fp4, pow2, pow2_exponent
 from .ptx import reciprocal_ptx
-from .tiles import shuffled_column
+from .tiles import shuffled
 
 
 @triton.jit
@@ -101,21 +101,13 @@ def store_codes(ptr, scaled, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
 
 
 @triton.jit
-def store_products(
-    ptr, col, scaled, scale, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr, SHUFFLED: tl.constexpr
-):  # fmt: skip
-    """Round fp32 `scaled` to ELEMENT and store it times `scale`, which broadcasts: exact in the dtype of ptr.
-
-    ptr: where the rows start. col: the columns.
-    """
+def products(scaled, scale, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """fp32 `scaled` rounded to ELEMENT, times `scale`, which broadcasts."""
     if OUT == "native product":
         value = scaled.to(tl.float8e4nv).to(tl.float32)
     else:
         value = decode(encode(scaled, ELEMENT), ELEMENT, tl.float32)
-    if SHUFFLED:
-        col = shuffled_column(col)
-    at = ptr + col
-    tl.store(at, (value * scale).to(at.dtype.element_ty), mask=mask)
+    return value * scale
 
 
 @triton.jit
@@ -219,8 +211,10 @@ def quantize_groups(
     if PRODUCT:
         if ELEMENT == "fp4":
             scaled = tl.where(whole[:, :, None], scaled, 0.0)
-        mask = inside(r, g, c, rows, cols, groups, GROUP, EVEN)
-        store_products(q_ptr + row * q_row, col, scaled, scale[:, :, None], mask, ELEMENT, OUT, SHUFFLED)
+        value = products(scaled, scale[:, :, None], ELEMENT, OUT).to(q_ptr.dtype.element_ty)
+        if SHUFFLED:
+            value = tl.reshape(shuffled(tl.reshape(value, (x.shape[0], x.shape[1] * x.shape[2]))), x.shape)
+        tl.store(q_ptr + row * q_row + col, value, mask=inside(r, g, c, rows, cols, groups, GROUP, EVEN))
     elif ELEMENT == "fp4":
         byte = pack_fp4(encode(tl.where(whole[:, :, None], scaled, 0.0), "fp4"))
         half = g[None, :, None] * (GROUP // 2) + tl.arange(0, c.shape[0] // 2)[None, None, :]

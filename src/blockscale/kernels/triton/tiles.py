@@ -12,7 +12,7 @@ matrix unit, so that its short accumulators do not leak; "fold": groups shorter 
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
 X_GROUP, W_GROUP, W_ROWS: elements of K (and weight rows) that share a scale; 0 is all of them.
 SPAN: K elements after which "loop" scales change (0: never). BK divides it, or the last step of a span is masked.
-SHUFFLED: x lies in the order of `shuffled_column`, so decoded weights are brought into it.
+SHUFFLED: x lies in the order of `shuffled`, so decoded weights are brought into it.
 SWAP: weight rows take the M side of the matrix instruction, for few tokens on chips where that side is 64 wide.
 """
 
@@ -106,19 +106,13 @@ def fold_scale(tile, raw, KIND: tl.constexpr):
 
 @triton.jit
 def shuffled(tile):
-    """`[rows, BK]` with each 32 columns in another order, in which x lies already (`shuffled_column`).
+    """`[rows, BK]` with each 32 columns in another order: bits ttuhl of a column become uhttl.
 
     A lane of the matrix unit holds columns 2t, 2t + 1, 2t + 8, 2t + 9 of 16. In this order those of 32 are eight that
     lie side by side in memory: one load instead of four, and registers of four codes as the decoder wants them.
     """
     split = tl.reshape(tile, (tile.shape[0], tile.shape[1] // 32, 4, 2, 2, 2))
     return tl.reshape(tl.permute(split, (0, 1, 3, 4, 2, 5)), (tile.shape[0], tile.shape[1]))
-
-
-@triton.jit
-def shuffled_column(k):
-    """Where column k comes to lie in that order: bits ttuhl of k become uhttl."""
-    return (k & -32) | ((k & 4) << 2) | ((k & 2) << 2) | ((k & 24) >> 2) | (k & 1)
 
 
 @triton.jit
