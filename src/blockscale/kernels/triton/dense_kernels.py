@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .gemm_kernels import store_tile
-from .tiles import fold_scale, group_index, load_operand, load_scales, tile_of
+from .tiles import fold_scale, group_index, load_operand, load_scales, shuffled, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "s_row"])
@@ -50,6 +50,18 @@ def decode_scaled_kernel(
     k = k0 + tl.arange(0, BK)
     mask = (r < rows)[:, None] if EVEN_K else (r < rows)[:, None] & (k < K)[None, :]
     tl.store(y_ptr + r.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def shuffle_kernel(x_ptr, y_ptr, rows, K, x_stride, R: tl.constexpr, BK: tl.constexpr):
+    """16-bit x `[rows, K]` in the order of `tiles.shuffled`, K in whole 32. One program: [R, BK]."""
+    across = tl.cdiv(K, BK)
+    r = tl.program_id(0) // across * R + tl.arange(0, R)
+    k = tl.program_id(0) % across * BK + tl.arange(0, BK)
+    mask = (r < rows)[:, None] & (k < K)[None, :]
+    row = r.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + row * x_stride + k[None, :], mask=mask, other=0.0)
+    tl.store(y_ptr + row * K + k[None, :], shuffled(x), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])

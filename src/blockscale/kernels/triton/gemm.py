@@ -22,7 +22,18 @@ from . import gemm_kernels as kernels
 from .capability import is_grouped, without_fp8
 from .dense_kernels import dense_kernel
 from .folded_kernels import folded_kernel
-from .operands import Reading, Values, held, level_of, operand, quantize_activations, reading, scale_args, values_dtype
+from .operands import (
+    Reading,
+    Values,
+    held,
+    level_of,
+    operand,
+    quantize_activations,
+    reading,
+    scale_args,
+    unquantized,
+    values_dtype,
+)
 from .quantize import on_device
 from .tma_kernels import tma_kernel
 
@@ -48,13 +59,12 @@ def linear(
     native: False keeps to integer codecs, as on a chip without fp8. invariant: a row's bytes do not depend on M.
     """
     fmt = numerics.activation_format(w.format)
-    if fmt is None:
-        return matmul(x, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant)
     tickets, (m, k) = None, x.shape
-    shuffled = (
-        m <= exact.FOLDED_M and not invariant and exact.shuffles(m, k, w.format.block[1], platform)
-        and values_dtype(fmt, w, numerics, platform) is not None
-    )  # fmt: skip
+    shuffled = m <= exact.FOLDED_M and not invariant and exact.shuffles(m, k, w.format.block[1], platform)
+    if fmt is None:
+        values = unquantized(x, w, shuffled=shuffled)
+        return matmul(values, w, platform, bias=bias, out_dtype=out_dtype, native=native, invariant=invariant)
+    shuffled = shuffled and values_dtype(fmt, w, numerics, platform) is not None
     if (m <= SMALL_M or shuffled) and not invariant and is_grouped(fmt) and not fmt.two_level:
         tickets = x.new_empty(-(-w.shape[-2] // 32) + 1, dtype=torch.int32)  # no tile has fewer than 32 rows by 64
     xq = quantize_activations(x, fmt, w, numerics, platform, native=native, tickets=tickets, shuffled=shuffled)

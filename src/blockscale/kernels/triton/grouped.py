@@ -20,7 +20,7 @@ from ...tuning import GemmTile, gemm_tile
 from . import exact
 from .capability import multiply_options, without_fp8
 from .grouped_kernels import grouped_kernel, levels_kernel
-from .operands import Values, held, level_of, operand, quantize_activations, reading, scale_args
+from .operands import Values, held, level_of, operand, quantize_activations, reading, scale_args, unquantized
 from .quantize import on_device
 from .quantize_whole import amax_kernel
 
@@ -42,7 +42,7 @@ def grouped_linear(
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
     shuffled = not invariant and exact.shuffles(_per_expert(x, w, rows), x.shape[1], w.format.block[1], platform)
-    xq: BlockScaled | Tensor | Values = x
+    xq: BlockScaled | Values = unquantized(x, w, shuffled=shuffled and fmt is None)
     if fmt is not None and not fmt.two_level:
         xq = quantize_activations(x, fmt, w, numerics, platform, native=native, shuffled=shuffled)
     if fmt is None or not fmt.two_level:

@@ -18,7 +18,7 @@ from ...tensor import BlockScaled
 from ...tuning import GemmPath
 from . import capability, ptx
 from .capability import is_grouped, without_fp8
-from .dense_kernels import decode_scaled_kernel
+from .dense_kernels import decode_scaled_kernel, shuffle_kernel
 from .gemm_kernels import decode_kernel
 from .quantize import on_device, quantize, quantized_values
 
@@ -126,6 +126,18 @@ def values_dtype(fmt: Format, w: BlockScaled, numerics: Numerics, platform: Plat
     if w.layout != "row" or not is_grouped(fmt) or numerics.act_floor < _FLOOR:
         return None
     return capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform)
+
+
+def unquantized(x: Tensor, w: BlockScaled, *, shuffled: bool) -> Values:
+    """Activations of weight-only multiplication. shuffled: as `Values` has it, where weights are decoded with their
+    scales to x's dtype."""
+    if not shuffled or x.element_size() != 2 or not capability.holds_products(w.format, w.scale.dtype, x.dtype):
+        return Values(x)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (rows, k), y = x.shape, x.new_empty(x.shape)
+    with on_device(y):
+        shuffle_kernel[(-(-rows // 4) * -(-k // 512),)](x, y, rows, k, x.stride(0), R=4, BK=512)
+    return Values(y, None, True)
 
 
 def held(x: BlockScaled | Tensor | Values, w: BlockScaled, platform: Platform) -> BlockScaled | Values:

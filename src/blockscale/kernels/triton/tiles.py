@@ -196,7 +196,10 @@ def accumulate(
     sw_row: row numbers in the weight's scale grid, a vector, or a scalar where one serves the whole tile.
     """
     acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
-    if W_SCALE == "fold":  # one step ahead: such short loads are not pipelined, and the decoder would wait for memory
+    # Scales come one step ahead: such short loads are not pipelined, and the decoder would wait for memory. But Triton
+    # (3.6, 3.7) then takes decoded E2M1 through shared memory, which costs more, unless it is shuffled or fp16.
+    AHEAD: tl.constexpr = W_KIND != "fp4 ptx" or SHUFFLED or tl.float16 == COMPUTE
+    if W_SCALE == "fold" and AHEAD:
         k0, k_end = step_columns(tl.maximum(tl.minimum(first, last - 1), 0), K, SPAN, BK)
         w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, k0, k_end, W_GROUP, BK, EVEN_K)
     for step in tl.range(first, last, num_stages=STAGES):
@@ -206,9 +209,12 @@ def accumulate(
         if X_SCALE == "fold":
             x = fold_scale(x, load_scales(sx_ptr, x_row, sx_m, sx_k, k0, k_end, X_GROUP, BK, EVEN_K), SX_KIND)
         if W_SCALE == "fold":
+            if not AHEAD:
+                w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, k0, k_end, W_GROUP, BK, EVEN_K)
             w = fold_scale(w, w_scale, SW_KIND)
-            next_k0, next_end = step_columns(tl.minimum(step + 1, last - 1), K, SPAN, BK)
-            w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, next_k0, next_end, W_GROUP, BK, EVEN_K)
+            if AHEAD:
+                next_k0, next_end = step_columns(tl.minimum(step + 1, last - 1), K, SPAN, BK)
+                w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, next_k0, next_end, W_GROUP, BK, EVEN_K)
         if SHUFFLED:
             w = shuffled(w)
         if SWAP:
