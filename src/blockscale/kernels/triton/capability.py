@@ -16,6 +16,8 @@ from ...platform import Platform
 
 GROUP_MAX = 4096
 """Groups up to this many elements are one tile; wider ones and blocks of rows are read in chunks."""
+SMALLEST_FLOOR = 2.0**-100
+"""Of a group's amax: above it activations, codes times scales, are normal numbers of bf16."""
 KINDS = ("cuda", "rocm", "xpu")
 """Where Triton generates code. Anything else refuses."""
 

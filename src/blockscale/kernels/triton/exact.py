@@ -8,11 +8,14 @@ weight beforehand and multiplies that (`dense_kernels`). Source of all numbers: 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
+from ...contract import Problem
 from ...platform import Platform
-from ...tuning import GemmTile, multiprocessors
+from ...tuning import GemmTile, gemm_tile, multiprocessors
+from . import capability
 
 FOLDED_M = 512
 """At 512 rows decoding in registers took 42, 35 and 325 us, decoding beforehand 51, 38 and 348; at 1024 rows the latter
@@ -92,3 +95,28 @@ def dense_plan(m: int, n: int, k: int, block_rows: int, platform: Platform) -> t
     assert best is not None
     name = "measured, sm_90" if platform.capability == 90 else f"compiled, {platform.arch}"
     return best[1], replace(best[2], entry=f"gemm exact: {name}/dense, {best[2].entry}")
+
+
+def configurations(problem: Problem, platform: Platform) -> Iterator[str]:
+    """What `explain` says of a problem whose operands 16 bits hold with their scales; of others nothing."""
+    x, w = problem.x_format or problem.activation_format, problem.format
+    if x is None or w is None or problem.numerics.act_floor < capability.SMALLEST_FLOOR:
+        return
+    dtype = capability.common_dtype(x, x.scale_dtype, w, w.scale_dtype, platform)
+    if dtype is None:
+        return
+    kind = str(dtype).removeprefix("torch.")
+    yield f"{kind} holds codes times scales of {x} and {w}: multiplied as such, fp32 sums, nothing promoted"
+    if problem.op == "linear" and platform.capability == 90:
+        for m in (1, 16, 64, 256, 512, 1024, 4096):
+            if m > FOLDED_M:
+                rows, tile = dense_plan(m, problem.n, problem.k, w.block[0] or 1, platform)
+                how = f"weights decoded before, {min(rows, problem.n)} rows at a time"
+            elif shuffles(m, problem.k, w.block[1], platform):
+                tile, how = folded_tile(m, problem.n, problem.k, platform), "weights decoded in registers"
+            else:
+                tile, how = (
+                    gemm_tile("weight_only_fold", m, problem.n, problem.k, 0, platform),
+                    "weights decoded in the loop",
+                )
+            yield f"M={m}: {how}, {tile.bm}x{tile.bn}x{tile.bk}, K in {tile.split} ({tile.entry})"

@@ -23,8 +23,6 @@ from .gemm_kernels import decode_kernel
 from .quantize import on_device, quantize, quantized_values
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_FLOOR = 2.0**-100
-"""Smallest amax whose group's codes times scale are normal numbers of bf16."""
 _LIFT = {"ptx": ptx.FP16_LIFT, "fp4 ptx": ptx.FP4_FP16_LIFT, "ptx checked": ptx.CHECKED_LIFT}
 
 
@@ -123,7 +121,7 @@ def quantize_activations(
 
 def values_dtype(fmt: Format, w: BlockScaled, numerics: Numerics, platform: Platform) -> torch.dtype | None:
     """What activations quantized to fmt become if they are held as values times their scales; None: they are not."""
-    if w.layout != "row" or not is_grouped(fmt) or numerics.act_floor < _FLOOR:
+    if w.layout != "row" or not is_grouped(fmt) or numerics.act_floor < capability.SMALLEST_FLOOR:
         return None
     return capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform)
 
