@@ -87,7 +87,7 @@ def dense_kernel(
 ):
     """16-bit operands through block copies (TMA), one fp32 sum a result, any M, N and K in whole 16-byte units.
 
-    One program a tile: persistent ones were not faster (bench/results/hopper-notes.md).
+    One program a tile: persistent ones were not faster (bench/results/h100-small-blocks.md).
     """
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = tl.zeros((BM, BN), tl.float32)

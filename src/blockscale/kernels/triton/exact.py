@@ -1,8 +1,8 @@
 """Tiles for operands that 16 bits hold with their scales: pure functions, timed on one H100.
 
 Up to FOLDED_M rows Hopper decodes weights in registers (`folded_kernels`); with more rows it decodes a slice of the
-weight beforehand and multiplies that (`dense_kernels`). Source of all numbers: bench/results/hopper-notes.md, "Exact in
-16 bits"; N and K of 2048x7168, 7168x2048 and 18432x7168, weights in blocks of 32x32.
+weight beforehand and multiplies that (`dense_kernels`). Source of all numbers:
+bench/results/h100-small-blocks.md; N and K of 2048x7168, 7168x2048 and 18432x7168, weights in blocks of 32x32.
 """
 
 from __future__ import annotations

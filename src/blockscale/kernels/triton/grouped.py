@@ -120,7 +120,7 @@ def grouped_matmul(
         out_rows = where.numel()
     per_expert = _per_expert(x, w, rows)
     if tile is None and isinstance(x, Values) and x.shuffled:
-        tile = exact.folded_tile(per_expert, n, k, platform)
+        tile = exact.folded_tile(per_expert, n * experts, k, platform)  # experts fill the chip as a wide weight does
     elif tile is None:
         tile = gemm_tile(how.tile_path, per_expert, n, k, how.span, platform, invariant=invariant)
     tile = replace(tile, split=1, bk=max(tile.bk, how.folded))
