@@ -197,8 +197,8 @@ def accumulate(
     """
     acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
     # Scales come one step ahead: such short loads are not pipelined, and the decoder would wait for memory. But Triton
-    # (3.6, 3.7) then takes decoded E2M1 through shared memory, which costs more, unless it is shuffled or fp16.
-    AHEAD: tl.constexpr = W_KIND != "fp4 ptx" or SHUFFLED or tl.float16 == COMPUTE
+    # (3.6, 3.7) then takes decoded E2M1 in groups of 32 through shared memory, which costs more, unless it is shuffled.
+    AHEAD: tl.constexpr = (W_KIND != "fp4 ptx" or SHUFFLED) or W_GROUP == 16
     if W_SCALE == "fold" and AHEAD:
         k0, k_end = step_columns(tl.maximum(tl.minimum(first, last - 1), 0), K, SPAN, BK)
         w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, k0, k_end, W_GROUP, BK, EVEN_K)
