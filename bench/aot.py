@@ -74,6 +74,9 @@ def gemm_case(p: Platform, numerics: str) -> None:
         gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p)
         if capability.dot_element(p, "fp8") and numerics == "checkpoint":  # elsewhere the codec is what ran just now
             gemm.linear(x[:m], w, None, get_numerics(numerics), torch.bfloat16, p, native=False)
+    short = weight("fp8_32x32_ue8m0", 4096, 7168, p)  # exact with their scales, or promoted every 32 of K
+    for m in (1, 64, 128, 4096):
+        gemm.linear(x[:m], short, None, get_numerics(numerics), torch.bfloat16, p)
     if numerics == "weight_only":  # scales of short groups that cannot be folded: steps as short
         w = weight("mxfp4", 4096, 7168, p)
         w = BlockScaled.trusted(w.data, w.scale.to(torch.bfloat16), w.format, "row", w.shape)
@@ -88,7 +91,10 @@ def grouped_case(p: Platform) -> None:
     from blockscale.kernels.triton import grouped
 
     x, offsets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
-    kinds = [("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only"), ("nvfp4", "checkpoint")]
+    kinds = [
+        ("fp8_128x128", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "weight_only"), ("nvfp4", "checkpoint"),
+        ("mxfp8", "checkpoint"),
+    ]  # fmt: skip
     for name, numerics in kinds:
         w, how = weight(name, 4096, 2048, p, experts=8), (get_numerics(numerics), torch.bfloat16, p)
         for m in (16, 4096):
@@ -111,7 +117,8 @@ def weight(name: str, n: int, k: int, p: Platform, experts: int = 0) -> BlockSca
     fmt, lead = get_format(name), (experts,) if experts else ()
     fnuz = p.arch == "gfx942" and fmt.element.name == "fp8"
     data = torch.empty(*lead, *fmt.data_shape(n, k), dtype=torch.float8_e4m3fnuz if fnuz else fmt.element.dtype)
-    scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=fmt.scale_dtype)
+    scale_dtype = torch.float32 if fnuz else fmt.scale_dtype
+    scale = torch.empty(*lead, *fmt.scale_shape(n, k), dtype=scale_dtype)
     level = torch.empty(lead, dtype=torch.float32) if fmt.two_level else None
     return BlockScaled.trusted(data, scale, fmt, "fnuz" if fnuz else "row", (*lead, n, k), level)
 

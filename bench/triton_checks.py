@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 import blockscale
+import exact_checks
 from blockscale import layouts, reference
 from blockscale.formats import get_format
 from blockscale.kernels.triton import capability, gemm, grouped
@@ -241,6 +242,8 @@ def check_rescaled() -> Iterator[str]:
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "codec": check_codec, "PTX decoder": check_ptx, "quantize bytes": check_quantize, "CUDA graph": check_graph,
     "torch.compile": check_compile, "determinism": check_repeat, "rescaled sums": check_rescaled,
+    "exact products": exact_checks.check_exact, "exact values": exact_checks.check_values,
+    "exact, graph and compile": exact_checks.check_calls,
 }  # fmt: skip
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .platform import Platform
 
-GemmPath = Literal["tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold"]
+GemmPath = Literal[
+    "tma", "tma16", "native", "codec", "codec_fold", "decoded", "weight_only", "weight_only_fold", "dense"
+]  # fmt: skip
 """How a multiplication reads its operands: FP8 by block copies, FP8 by pointers, bytes decoded in the loop, bytes
 decoded to 16 bits beforehand ("tma16": those by block copies), 16-bit activations with weights decoded in the loop.
-"fold": scales of short groups are multiplied into an operand there, which needs registers."""
+"fold": scales of short groups are multiplied into an operand there, which needs registers. "dense": before that."""
 
 _REMEMBERED = 1 << 12  # choices: a choice takes some 20 us, and eager calls ask for the same one again and again
 SMALL_M = 64
@@ -26,8 +28,7 @@ _CACHED = 16 << 20
 """Elements of 16 bits that an L2 cache of 40 MB and more keeps beside x."""
 
 
-@dataclass(frozen=True)
-class QuantizeTile:
+class QuantizeTile(NamedTuple):
     """rows, groups: of one program. warps: of 32 (64 on CDNA) lanes. entry: where the choice came from."""
 
     rows: int
@@ -65,8 +66,7 @@ def quantize_tile(rows: int, groups: int, group: int, platform: Platform, *, sca
     """Tile of a group quantization: `rows` x `groups` groups of `group` elements.
 
     Few rows want many programs; many want long contiguous reads, or several rows where scales lie by column.
-    Source: one H100, 1x128, M=8192 K=7168: 98% of copy bandwidth with 4x8 and 8x8 groups of 8 warps.
-    """
+    Source: one H100, 1x128, M=8192 K=7168: 98% of copy bandwidth with 4x8 and 8x8 groups of 8 warps."""
     width = _pow2(group)
     if rows <= 16:
         return QuantizeTile(1, min(max(512 // width, 1), _pow2(groups)), 4, "quantize: few rows")
@@ -115,11 +115,13 @@ _LARGE: dict[tuple[str, str], tuple[int, int, int, int, int]] = {
     ("sm_90", "weight_only"): (64, 128, 128, 4, 3),
     ("sm_90", "codec_fold"): (128, 128, 128, 8, 3),
     ("sm_90", "weight_only_fold"): (128, 128, 64, 8, 3),
+    ("sm_90", "dense"): (128, 128, 64, 8, 3),
     ("sm_100", "tma"): (128, 128, 128, 8, 4),
     ("sm_100", "tma16"): (128, 128, 64, 8, 4),
     ("sm_100", "native"): (128, 128, 128, 8, 3),
     ("sm_80", "decoded"): (128, 128, 128, 8, 3),
     ("sm_75", "weight_only"): (64, 32, 32, 8, 2),
+    ("sm_75", "weight_only_fold"): (32, 32, 32, 8, 2),
     ("sm_75", "*"): (64, 64, 32, 8, 2),
     ("cdna", "*"): (128, 128, 64, 8, 2),
     ("rdna", "*"): (64, 64, 64, 4, 2),
@@ -165,7 +167,7 @@ def family(platform: Platform) -> str:
 
 
 def multiprocessors(platform: Platform) -> int:
-    """How many programs run side by side at least: what the device says, else the usual chip of that name."""
+    """Programs that run side by side at least: what the device says, else the usual chip of that name."""
     said = platform.value("sms")
     return int(said) if said else _SMS.get(platform.arch, 64)
 
@@ -173,8 +175,7 @@ def multiprocessors(platform: Platform) -> int:
 def by_pointers(m: int, n: int, platform: Platform) -> bool:
     """Whether few rows are read by pointers where block copies would do: asynchronous copies of 16 bytes need no
     descriptor fetched first and no padding to 16 rows. Source: one H100, N and K of DeepSeek-V3's linears. M = 1 and
-    16: 1-9% faster in nine of ten; M = 32 and 64, where 64 weight rows a multiprocessor are all of them: 1-7%.
-    """
+    16: 1-9% faster in nine of ten; M = 32 and 64, where 64 weight rows a multiprocessor are all of them: 1-7%."""
     return family(platform) == "sm_90" and (m <= 16 or (m <= SMALL_M and n <= 64 * multiprocessors(platform)))
 
 
@@ -182,8 +183,7 @@ def decoded_rows(m: int, n: int, k: int, block_rows: int, platform: Platform) ->
     """Weight rows that are decoded to 16 bits and multiplied before the next are: what lies in the L2 cache until it is
     read (32 MiB), but enough for two programs of 128 x 128 a multiprocessor. It bounds the memory of a call, too.
 
-    Whole blocks of scales and tiles, slices alike. Source: one H100, M=4096: 1585 us instead of 1656 at 7168x16384.
-    """
+    Whole blocks of scales and tiles, slices alike. Source: one H100, M=4096: 1585 us instead of 1656 at 7168x16384."""
     unit = math.lcm(128, block_rows)
     wave = -(-2 * multiprocessors(platform) * 128 * 128 // m)
     slices = -(-n // max(_CACHED // k, wave, unit))
@@ -216,6 +216,8 @@ def gemm_tile(
     elif m <= 256 and not invariant and key in (("sm_90", "codec"), ("sm_90", "weight_only")):
         tile = replace(tile, bm=128, bn=64, entry=tile.entry + ", M <= 256")
     tile = _fit(tile, k, span)
+    if name == "sm_75" and 0 < span <= 32:  # a scale for each row of either operand in every step
+        tile = replace(tile, bm=32, bn=32, entry=f"{tile.entry}, short groups")
     if name in ("sm_90", "sm_100") and tile.bk < 64 < tile.bn:  # 4 warps: Triton 3.6 and 3.7 refuse their own layout
         tile = replace(tile, warps=8)
     if m <= 256 and not invariant and path in ("codec", "weight_only") and platform.capability >= 80:
@@ -249,8 +251,7 @@ def _few(tile: GemmTile, m: int, tiles: int, steps: int, sms: int) -> GemmTile:
     """Slices of K and stages for FP8 by pointers: deep pipelines where a multiprocessor has one program, which it has
     where tiles occupy half of them, or from 9 rows on, whose partial sums cost more.
 
-    Fitted on one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 2% of the best of 10-24 tiles.
-    """
+    Fitted on one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 2% of the best of 10-24 tiles."""
     split = 1 if 2 * tiles > sms else _split(tiles, steps, sms)
     if m > 8 and split > 1 and tiles * split > sms:
         split //= 2
@@ -263,8 +264,7 @@ def _split(tiles: int, steps: int, sms: int) -> int:
     """Slices of K: as many as give every multiprocessor two programs, none shorter than seven steps, and one where a
     short sum (16 steps) occupies half of them.
 
-    Fitted on one H200 and one H100 (N, K of DeepSeek-V3's linears, M = 1 and 16): within 3% of the best of 1, 2, 4, 8.
-    """
+    Fitted on one H200 and one H100 (N, K of DeepSeek-V3's linears, M = 1, 16): within 3% of the best of 1, 2, 4, 8."""
     split = 1
     if steps <= 16 and 2 * tiles > sms:
         return split

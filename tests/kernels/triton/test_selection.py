@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockscale.formats import get_format
-from blockscale.kernels.triton import capability
+from blockscale.kernels.triton import capability, exact
 from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
 from blockscale.registry import Problem, explain, select
@@ -106,11 +106,19 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
     ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native value value loop loop 128 float16"),
     ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "codec value ptx checked loop loop 128 float16"),
     ("rocm:gfx90a", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
-    ("cuda:sm_90", "mxfp8", "mxfp8", "native value value loop loop 32 bfloat16"),
-    ("cuda:sm_80", "mxfp8", "mxfp8", "codec ptx ptx fold fold 0 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "mxfp8", "weight_only value ptx none fold 0 bfloat16"),
+    ("cuda:sm_80", "mxfp8", "mxfp8", "weight_only value ptx none fold 0 bfloat16"),
     ("cuda:sm_75", "mxfp8", "mxfp8", "codec value ptx checked loop loop 32 float16"),
+    ("rocm:gfx950", "fp8_1x32_ue8m0", "fp8_32x32_ue8m0", "weight_only value fp8 none fold 0 bfloat16"),
+    ("rocm:gfx942", "mxfp8", "mxfp8", "weight_only value fp8 none fold 0 bfloat16"),
+    ("xpu:bmg", "mxfp8", "fp8_1x64_ue8m0", "weight_only value fp8 none loop 64 bfloat16"),
+    ("cuda:sm_90", "fp8_1x128_ue8m0", "fp8_128x128_ue8m0", "native value value loop loop 128 float16"),
+    ("cuda:sm_90", "fp8_1x128_ue8m0", "mxfp4", "weight_only value fp4 ptx none fold 0 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "fp8_128x128_ue8m0", "weight_only value ptx none loop 128 bfloat16"),
+    ("cuda:sm_90", "mxfp8", "fp8_32x32", "native value value loop loop 32 bfloat16"),
     ("cuda:sm_90", "fp8_1x128", "mxfp4", "codec value fp4 ptx loop fold 128 bfloat16"),
-    ("rocm:gfx950", "nvfp4", "nvfp4", "codec fp4 fp4 fold fold 0 float16"),
+    ("rocm:gfx950", "nvfp4", "nvfp4", "weight_only value fp4 none fold 0 float16"),
+    ("cuda:sm_75", "nvfp4", "nvfp4", "weight_only value fp4 ptx none fold 0 float16"),
     ("cuda:sm_90", "fp8_row", "fp8_row", "native value value end end 0 float16"),
     ("rocm:gfx942", "fp8_1x128", "fp8_128x128", "codec value fp8 loop loop 128 float16"),
     ("cuda:sm_90", None, "fp8_128x128", "weight_only value ptx none loop 128 bfloat16"),
@@ -121,16 +129,46 @@ READ = [  # chip, activations, weight, layout -> path, x kind, w kind, x scale, 
 ]  # fmt: skip
 
 
+def read(x, w, platform, **more):
+    """`reading`, where x's codes times their scales need only be thought of."""
+    from blockscale.kernels.triton.operands import Values, reading
+
+    if not isinstance(x, torch.Tensor):
+        dtype = capability.common_dtype(x.format, x.scale.dtype, w.format, w.scale.dtype, platform)
+        return reading(x if dtype is None else Values(x.data.new_empty(4, 512, dtype=dtype)), w, platform, **more)
+    return reading(Values(x), w, platform, **more)
+
+
 @pytest.mark.parametrize(("chip", "act", "name", "want"), READ)
 def test_how_operands_are_read(chip, act, name, want):
-    from blockscale.kernels.triton.operands import reading
-
-    x = torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4)
-    how = reading(x, weight(name), Platform.parse(chip))
+    x, w, p = (
+        torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4),
+        weight(name),
+        Platform.parse(chip),
+    )
+    how = read(x, w, p)
     c = how.constants
     got = f"{how.path} {c['X_KIND']} {c['W_KIND']} {c['X_SCALE']} {c['W_SCALE']} {c['SPAN']}"
     names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
     assert f"{got} {names[str(c['COMPUTE'])]}" == want
+
+
+FIRST = [  # chip, activations, weight -> path where weights may be decoded beforehand
+    ("cuda:sm_90", "mxfp8", "mxfp8", "dense"), ("cuda:sm_90", "fp8_1x128_ue8m0", "mxfp4", "dense"),
+    ("cuda:sm_80", "nvfp4", "nvfp4", "dense"), ("cuda:sm_90", None, "fp8_128x128_ue8m0", "dense"),
+    ("cuda:sm_90", None, "fp8_128x128", "weight_only"),  # fp32 scales: a product has more bits than bf16
+    ("cuda:sm_90", None, "fp8_row_ue8m0", "weight_only"), ("cuda:sm_75", None, "mxfp8", "weight_only"),
+    ("cuda:sm_80", "fp8_1x128", "fp8_128x128", "decoded"), ("cuda:sm_90", "fp8_1x128", "fp8_128x128", "native"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chip", "act", "name", "path"), FIRST)
+def test_weights_decoded_beforehand(chip, act, name, path):
+    x = torch.empty(4, 512, dtype=torch.bfloat16) if act is None else weight(act, n=4)
+    how = read(x, weight(name), Platform.parse(chip), decode_first=True)
+    assert how.path == path
+    if path == "dense":
+        assert (how.constants["W_KIND"], how.constants["W_SCALE"], how.constants["LIFT"]) == ("value", "none", 1.0)
 
 
 def test_fnuz_weights_and_activations_meet_native_instructions():
@@ -180,6 +218,59 @@ SLICES = [  # m, n, k, rows of a block -> rows decoded at a time on 132 multipro
 @pytest.mark.parametrize(("m", "n", "k", "block", "want"), SLICES)
 def test_slices_of_decoded_weights(m, n, k, block, want):
     assert decoded_rows(m, n, k, block, Platform.parse("cuda:sm_90+sms=132")) == want
+
+
+FOLDED = [  # m, n, k -> tile and slices of K of weights decoded in registers; what was fastest of those timed, or near
+    (17, 2048, 7168, (32, 64, 128, 8)), (32, 7168, 2048, (32, 64, 128, 2)), (64, 2048, 7168, (64, 64, 128, 8)),
+    (64, 18432, 7168, (64, 128, 64, 2)), (128, 7168, 2048, (128, 64, 128, 2)), (128, 18432, 7168, (128, 64, 128, 2)),
+    (256, 2048, 7168, (128, 64, 64, 4)), (256, 7168, 2048, (128, 64, 64, 1)), (256, 18432, 7168, (128, 128, 64, 2)),
+    (512, 2048, 7168, (256, 128, 64, 4)), (512, 7168, 2048, (256, 128, 64, 1)), (512, 64, 128, (256, 128, 64, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "n", "k", "want"), FOLDED)
+def test_tiles_of_weights_decoded_in_registers(m, n, k, want):
+    tile = exact.folded_tile(m, n, k, Platform.parse("cuda:sm_90+sms=132"))
+    assert (tile.bm, tile.bn, tile.bk, tile.split) == want
+    assert tile.swap
+    assert tile.entry.startswith("gemm exact: measured, sm_90/folded, M <= ")
+
+
+def test_activations_are_shuffled_where_registers_hold_weights():
+    hopper = Platform.parse("cuda:sm_90")
+    asked = [(16, 512, 32), (17, 512, 32), (512, 528, 32), (64, 512, 128), (64, 512, None), (4096, 512, 16)]
+    assert [exact.shuffles(m, k, group, hopper) for m, k, group in asked] == [False, True, False, False, False, True]
+    assert not any(exact.shuffles(64, 512, 32, Platform.parse(chip)) for chip in CHIPS if chip != "cuda:sm_90")
+
+
+DENSE = [  # m, n, k, rows of a block -> rows decoded at a time, tile
+    (4096, 2048, 7168, 32, 2048, (256, 128)), (1024, 2048, 7168, 32, 2048, (128, 128)),
+    (4096, 18432, 7168, 32, 4096, (256, 128)),  # full waves; 64 MiB
+    (4096, 18432, 7168, 48, 4224, (256, 128)), (600, 130, 256, 1, 256, (128, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "n", "k", "block", "rows", "want"), DENSE)
+def test_slices_and_tiles_of_weights_decoded_with_their_scales(m, n, k, block, rows, want):
+    planned, tile = exact.dense_plan(m, n, k, block, Platform.parse("cuda:sm_90+sms=132"))
+    assert (planned, (tile.bm, tile.bn)) == (rows, want)
+
+
+def test_explain_says_what_exact_operands_become():
+    asked = problem(name="fp8_32x32_ue8m0", numerics="deepseek_v4_1")
+    hopper = Platform.parse("cuda:sm_90+triton=3.6")
+    lines = list(select(asked, hopper).pick(1).configurations(asked, hopper))
+    assert lines[0] == (
+        "bfloat16 holds codes times scales of fp8_1x32_ue8m0 and fp8_32x32_ue8m0: multiplied as such, fp32 sums, "
+        "nothing promoted"
+    )
+    assert [line.split(":")[0] for line in lines[1:]] == [f"M={m}" for m in (1, 16, 64, 256, 512, 1024, 4096)]
+    assert "weights decoded in registers" in lines[3]
+    assert "weights decoded before, 4096 rows at a time" in lines[-1]
+    kernel = select(problem(), Platform.parse("cuda:sm_80+triton=3.6")).pick(1)
+    assert list(kernel.configurations(problem(), Platform.parse("cuda:sm_80"))) == []
+    fine = problem(name="mxfp8", numerics="checkpoint,act_floor=1e-35")
+    assert list(kernel.configurations(fine, Platform.parse("cuda:sm_80"))) == []
 
 
 def test_few_rows_take_pointers_where_that_was_measured():

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...platform import Platform, detect
 from ...registry import Problem
 from ...tensor import BlockScaled
-from . import capability
+from . import capability, exact
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +63,10 @@ class _Multiply(_Triton):
             yield f"re-encodes for matrix instructions that take E4M3FNUZ, which {platform.arch or platform.kind} lacks"
         if self.layout == "fnuz" and problem.format is not None and problem.format.element.name != "fp8":
             yield f"re-encodes E4M3FN weights, not {problem.format}"
+
+    def configurations(self, problem: Problem, platform: Platform) -> Iterator[str]:
+        """Lines for `explain`: operands that 16 bits hold with their scales."""
+        return exact.configurations(problem, platform) if self.layout == "row" else iter(())
 
 
 class Linear(_Multiply):

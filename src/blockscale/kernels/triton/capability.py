@@ -16,6 +16,8 @@ from ...platform import Platform
 
 GROUP_MAX = 4096
 """Groups up to this many elements are one tile; wider ones and blocks of rows are read in chunks."""
+SMALLEST_FLOOR = 2.0**-100
+"""Of a group's amax: above it activations, codes times scales, are normal numbers of bf16."""
 KINDS = ("cuda", "rocm", "xpu")
 """Where Triton generates code. Anything else refuses."""
 
@@ -101,6 +103,31 @@ def is_grouped(fmt: Format) -> bool:
 def scale_kind(fmt: Format, dtype: object) -> str:
     """How kernels read scales stored in this dtype: "e8m0" and "e4m3" come as bytes, "float" as values."""
     return _SCALE_KINDS.get(dtype, "float")
+
+
+@cache
+def holds_products(fmt: Format, scale: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether this dtype holds code times scale, for scales stored as `scale` in groups that a tile can hold whole.
+
+    Codes have at most four significant bits, E8M0 scales one, NVFP4's E4M3 scales (of two-bit codes) four: bf16's eight
+    hold the products, and its exponents are fp32's. Only products below 2^-126, of scales below 2^-117, are rounded,
+    to multiples of 2^-133. fp16 holds NVFP4's.
+    """
+    exact = fmt.two_level or (scale == torch.float8_e8m0fnu and compute != torch.float16)
+    return exact and fmt.block[1] in (16, 32, 64, 128)
+
+
+@cache
+def common_dtype(
+    x: Format, x_scale: torch.dtype, w: Format, w_scale: torch.dtype, platform: Platform
+) -> torch.dtype | None:
+    """What holds both operands with their scales, so that nothing is promoted; None: nothing does, or the matrix unit
+    has no such instruction, or groups are 128 wide and fp8 products promoted with their scales are as fast."""
+    compute = torch.float16 if x.two_level and w.two_level else bf16_dot(platform)
+    if not holds_products(x, x_scale, compute) or not holds_products(w, w_scale, compute):
+        return None
+    missing = compute == torch.float32 and platform.kind in KINDS
+    return None if missing or x.block[1] == w.block[1] == 128 else compute
 
 
 @cache

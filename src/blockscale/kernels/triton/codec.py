@@ -58,6 +58,13 @@ def decode_e8m0(byte):
 
 
 @triton.jit
+def e8m0_as_bf16(byte):
+    """`decode_e8m0` to bf16, which has the same exponents, in fewer instructions."""
+    bits = tl.maximum(byte.to(tl.uint16) << 7, 0x0040)
+    return tl.where(byte == 255, 0x7FC0, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def decode_scale(scale, KIND: tl.constexpr):
     """Stored scales -> fp32. KIND: "e8m0" or "e4m3" bytes as uint8; "float" for fp32, bf16 and fp16 values."""
     if KIND == "e8m0":

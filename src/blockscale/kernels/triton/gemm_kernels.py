@@ -107,6 +107,7 @@ def gemm_kernel(
     X_LEVEL: tl.constexpr,
     W_LEVEL: tl.constexpr,
     LIFT: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -129,7 +130,7 @@ def gemm_kernel(
     acc = accumulate(
         x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_ptr, w_row, w_stride, sw_ptr, sw_row, sw_n, sw_k,
         K, piece * steps // SPLIT, (piece + 1) * steps // SPLIT, X_KIND, W_KIND, X_SCALE, W_SCALE, SX_KIND, SW_KIND,
-        X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, STAGES,
+        X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, SHUFFLED, STAGES,
     )  # fmt: skip
     mine = True
     if SPLIT > 1:

@@ -17,10 +17,11 @@ from ...numerics import Numerics
 from ...platform import Platform
 from ...tensor import BlockScaled
 from ...tuning import GemmTile, gemm_tile
+from . import exact
 from .capability import multiply_options, without_fp8
 from .grouped_kernels import grouped_kernel, levels_kernel
-from .operands import operand, quantize_activations, reading, scale_args
-from .quantize import on_device, quantize
+from .operands import Values, held, level_of, operand, quantize_activations, reading, scale_args, unquantized
+from .quantize import on_device
 from .quantize_whole import amax_kernel
 
 Rows = Literal["sorted", "masked", "pairs"]
@@ -40,9 +41,10 @@ def grouped_linear(
 ) -> Tensor:
     """x times the experts `w: [E, N, K]`, activations as `numerics` says; the rest as in `grouped_matmul`."""
     fmt = numerics.activation_format(w.format)
-    xq: BlockScaled | Tensor = x
+    shuffled = not invariant and exact.shuffles(_per_expert(x, w, rows), x.shape[1], w.format.block[1], platform)
+    xq: BlockScaled | Values = unquantized(x, w, shuffled=shuffled and fmt is None)
     if fmt is not None and not fmt.two_level:
-        xq = quantize_activations(x, fmt, w, numerics, platform, native=native)
+        xq = quantize_activations(x, fmt, w, numerics, platform, native=native, shuffled=shuffled)
     if fmt is None or not fmt.two_level:
         return grouped_matmul(
             xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant
@@ -50,9 +52,14 @@ def grouped_linear(
     levels, by_row = expert_levels(x, fmt, where, w, rows)
     if rows == "pairs":  # a row has another level, so other codes, for every expert that it meets
         x, where = x.repeat_interleave(where.shape[1], 0), where.reshape(-1, 1)
-    xq = quantize(x, fmt, platform if native else without_fp8(platform), level=by_row)
-    xq = replace(xq, global_scale=levels)
+    xq = quantize_activations(x, fmt, w, numerics, platform, native=native, level=by_row, shuffled=shuffled)
+    xq = replace(xq, level=levels) if isinstance(xq, Values) else replace(xq, global_scale=levels)
     return grouped_matmul(xq, w, where, platform, rows=rows, out_dtype=out_dtype, native=native, invariant=invariant)
+
+
+def _per_expert(x: Tensor | BlockScaled | Values, w: BlockScaled, rows: Rows) -> int:
+    """Rows that an expert gets on average: what a tile is chosen for."""
+    return 1 if rows == "pairs" else max(x.shape[0] // w.shape[0], 1)
 
 
 def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -75,7 +82,7 @@ def expert_levels(x: Tensor, fmt: Format, where: Tensor, w: BlockScaled, rows: R
 
 
 def grouped_matmul(
-    x: BlockScaled | Tensor,
+    x: BlockScaled | Tensor | Values,
     w: BlockScaled,
     where: Tensor,
     platform: Platform,
@@ -97,6 +104,7 @@ def grouped_matmul(
     """
     if not native:
         platform = without_fp8(platform)
+    x = held(x, w, platform)
     experts, n, k = w.shape
     m = x.shape[0]
     if x.shape[1] != k or (rows != "pairs" and tuple(where.shape) != (experts,)):
@@ -106,25 +114,28 @@ def grouped_matmul(
     how, where = reading(x, w, platform), where.contiguous()
     top_k = 1
     if rows == "sorted" or rows == "masked":
-        out_rows, per_expert = m, m // experts
+        out_rows = m
     else:
         top_k = where.numel() // m
-        out_rows, per_expert = where.numel(), 1
-    if tile is None:
-        tile = gemm_tile(how.tile_path, max(per_expert, 1), n, k, how.span, platform, invariant=invariant)
+        out_rows = where.numel()
+    per_expert = _per_expert(x, w, rows)
+    if tile is None and isinstance(x, Values) and x.shuffled:
+        tile = exact.folded_tile(per_expert, n * experts, k, platform)  # experts fill the chip as a wide weight does
+    elif tile is None:
+        tile = gemm_tile(how.tile_path, per_expert, n, k, how.span, platform, invariant=invariant)
     tile = replace(tile, split=1, bk=max(tile.bk, how.folded))
     if rows == "sorted":
         tiles = -(-m // tile.bm) + min(experts + 1, m)  # each slice ends in at most one broken tile
     else:
         tiles = experts * -(-per_expert // tile.bm) if rows == "masked" else out_rows
-    x_data, w_data = operand(x, how.constants["X_KIND"], how), operand(w, how.constants["W_KIND"], how)
+    x_data, w_data = (operand(q, how.constants[f"{side}_KIND"], how, platform) for q, side in ((x, "X"), (w, "W")))
     sx, sx_m, sx_k = scale_args(x) if isinstance(x, BlockScaled) else (None, 0, 0)
     sw, sw_n, sw_k = scale_args(w)
     y = x_data.new_empty((out_rows, n), dtype=out_dtype)
     even = k % tile.bk == 0 and (how.span == 0 or how.span % tile.bk == 0)
     with on_device(y):
         grouped_kernel[(tiles * -(-n // tile.bn),)](
-            x_data, w_data, y, where, sx, sw, x.global_scale if isinstance(x, BlockScaled) else None, w.global_scale,
+            x_data, w_data, y, where, sx, sw, level_of(x), w.global_scale,
             per_expert if rows == "masked" else out_rows, experts,
             n, k, x_data.stride(0), w_data.stride(0), w_data.stride(1), y.stride(0), sx_m, sx_k, sw.stride(0), sw_n,
             sw_k, ROWS=rows, TOP_K=top_k, EXPERTS=1 << experts.bit_length(), **how.constants, EVEN_K=even, BM=tile.bm,

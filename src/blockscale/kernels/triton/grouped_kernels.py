@@ -97,6 +97,7 @@ def grouped_kernel(
     X_LEVEL: tl.constexpr,
     W_LEVEL: tl.constexpr,
     LIFT: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -128,7 +129,7 @@ def grouped_kernel(
             acc = accumulate(
                 x_ptr, x_row, x_stride, sx_ptr, sx_m, sx_k, w_expert_ptr, w_row, w_stride,
                 sw_expert_ptr, sw_row, sw_n, sw_k, K, 0, count_steps(K, SPAN, BK), X_KIND, W_KIND, X_SCALE, W_SCALE,
-                SX_KIND, SW_KIND, X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, STAGES,
+                SX_KIND, SW_KIND, X_GROUP, W_GROUP, SPAN, COMPUTE, BM, BN, BK, EVEN_K, SWAP, SHUFFLED, STAGES,
             )  # fmt: skip
             acc = end_scales(
                 acc, sx_ptr, x_row, sx_m, sw_expert_ptr, sw_row, sw_n, x_level_ptr, w_level_ptr,

@@ -18,18 +18,39 @@ from ...tensor import BlockScaled
 from ...tuning import GemmPath
 from . import capability, ptx
 from .capability import is_grouped, without_fp8
+from .dense_kernels import decode_scaled_kernel, shuffle_kernel
 from .gemm_kernels import decode_kernel
-from .quantize import on_device, quantize
+from .quantize import on_device, quantize, quantized_values
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _LIFT = {"ptx": ptx.FP16_LIFT, "fp4 ptx": ptx.FP4_FP16_LIFT, "ptx checked": ptx.CHECKED_LIFT}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The constexprs of `tiles.accumulate` for two operands, and the path that tuning knows them by."""
+class Values:
+    """Activations `[M, K]` as the numbers that are multiplied: never quantized, or their scales are in them.
 
-    path: Literal["native", "codec", "decoded", "weight_only"]
+    level: NVFP4's second level, which multiplies the sums; one number, or one for each expert. shuffled: columns in the
+    order of `tiles.shuffled`, for weights that are decoded in the loop.
+    """
+
+    data: Tensor
+    level: Tensor | None = None
+    shuffled: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The constexprs of `tiles.accumulate` for two operands, and the path that tuning knows them by.
+
+    "dense": the weight is decoded with its scales before it is multiplied.
+    """
+
+    path: Literal["native", "codec", "decoded", "weight_only", "dense"]
     constants: dict[str, Any]
 
     @property
@@ -60,17 +81,30 @@ def quantize_activations(
     *,
     native: bool = True,
     tickets: Tensor | None = None,
-) -> BlockScaled:
+    level: Tensor | None = None,
+    shuffled: bool = False,
+) -> BlockScaled | Values:
     """x as `reference.quantize_activations` defines it, held as `reading` wants it. tickets: zeroed on the way.
 
-    Scales that are powers of two stay bytes only where they are folded into the operand, and codes stay codes only
-    where matrix instructions or folding take them: the numbers are the same.
+    level: NVFP4's second level, where it is known: one number, or one for each row. shuffled: as `Values` has it, if it
+    becomes values with their scales. Codes stay codes where matrix instructions take them; they become values where
+    every tile would decode them again, and values times scales where that is exact and spares the promotion of short
+    groups: the numbers are the same.
     """
     if not native:
         platform = without_fp8(platform)
     layout = "fnuz" if w.layout == "fnuz" else "row"
+    level = w.input_scale if fmt.two_level and level is None else level
+    exact = values_dtype(fmt, w, numerics, platform)
+    if exact is not None:
+        return Values(
+            *quantized_values(
+                x, fmt, platform, exact, floor=numerics.act_floor, level=level, tickets=tickets, shuffled=shuffled
+            ),
+            shuffled,
+        )
     if fmt.two_level:
-        return quantize(x, fmt, platform, level=w.input_scale)
+        return quantize(x, fmt, platform, level=level)
     if w.input_scale is not None and fmt.block == (None, None):
         return quantize(x, fmt, platform, scale=w.input_scale.reshape(1, 1))
     if not is_grouped(fmt):
@@ -85,13 +119,45 @@ def quantize_activations(
     return quantize(x, fmt, platform, floor=numerics.act_floor, layout=layout, tickets=tickets, values=values)
 
 
-def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, decode_first: bool = False) -> Reading:
-    """How x and w are read on this platform. Pure: looks at formats, layouts and dtypes, never at values."""
-    path: Literal["native", "codec", "decoded", "weight_only"]
+def values_dtype(fmt: Format, w: BlockScaled, numerics: Numerics, platform: Platform) -> torch.dtype | None:
+    """What activations quantized to fmt become if they are held as values times their scales; None: they are not."""
+    if w.layout != "row" or not is_grouped(fmt) or numerics.act_floor < capability.SMALLEST_FLOOR:
+        return None
+    return capability.common_dtype(fmt, fmt.scale_dtype, w.format, w.scale.dtype, platform)
+
+
+def unquantized(x: Tensor, w: BlockScaled, *, shuffled: bool) -> Values:
+    """Activations of weight-only multiplication. shuffled: as `Values` has it, where weights are decoded with their
+    scales to x's dtype."""
+    if not shuffled or x.element_size() != 2 or not capability.holds_products(w.format, w.scale.dtype, x.dtype):
+        return Values(x)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (rows, k), y = x.shape, x.new_empty(x.shape)
+    with on_device(y):
+        shuffle_kernel[(-(-rows // 4) * -(-k // 512),)](x, y, rows, k, x.stride(0), R=4, BK=512)
+    return Values(y, None, True)
+
+
+def held(x: BlockScaled | Tensor | Values, w: BlockScaled, platform: Platform) -> BlockScaled | Values:
+    """x as `reading` takes it: what is quantized, but would be promoted too often, is decoded with its scales."""
     if isinstance(x, Tensor):
-        path, compute = "weight_only", x.dtype if x.dtype != torch.bfloat16 else capability.bf16_dot(platform)
-        x_scale, x_group, x_kind = "none", 0, "value" if compute == x.dtype else "cast"
+        return Values(x)
+    if isinstance(x, Values) or x.data.dtype in _TL or "fnuz" in (x.layout, w.layout):
+        return x
+    dtype = capability.common_dtype(x.format, x.scale.dtype, w.format, w.scale.dtype, platform)
+    return x if dtype is None else Values(products(x, dtype, platform), x.global_scale)
+
+
+def reading(x: BlockScaled | Values, w: BlockScaled, platform: Platform, *, decode_first: bool = False) -> Reading:
+    """How x and w are read on this platform. Pure: looks at formats, layouts and dtypes, never at values."""
+    path: Literal["native", "codec", "decoded", "weight_only", "dense"]
+    if isinstance(x, Values):
+        dtype = x.data.dtype
+        path, compute = "weight_only", dtype if dtype != torch.bfloat16 else capability.bf16_dot(platform)
+        x_scale, x_group, x_kind = "none", 0, "value" if compute == dtype else "cast"
         w_scale, w_group = _scaling(w, compute, path, platform)
+        if decode_first and x_kind == "value" and capability.holds_products(w.format, w.scale.dtype, compute):
+            path, w_scale, w_group = "dense", "none", 0
     else:
         path, compute = "codec", compute_dtype(_powers(x.format, x.scale.dtype, platform), w, platform)
         if x.data.dtype in _TL:
@@ -107,7 +173,7 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         x_kind = "value" if x.format.element.bits == 8 and (path != "codec" or x_scale != "fold") else ""
         x_kind = x_kind or _kind(x, compute, platform)
         x_kind = _checked(x_kind, compute)
-    w_kind = "value" if path in ("native", "decoded") else _kind(w, compute, platform)
+    w_kind = "value" if path in ("native", "decoded", "dense") else _kind(w, compute, platform)
     if path == "codec":
         w_kind = _checked(w_kind, compute)
     loops = [group for how, group in ((x_scale, x_group), (w_scale, w_group)) if how == "loop"]
@@ -116,7 +182,8 @@ def reading(x: BlockScaled | Tensor, w: BlockScaled, platform: Platform, *, deco
         "SX_KIND": capability.scale_kind(x.format, x.scale.dtype) if isinstance(x, BlockScaled) else "float",
         "SW_KIND": capability.scale_kind(w.format, w.scale.dtype), "X_GROUP": x_group, "W_GROUP": w_group,
         "W_ROWS": w.format.block[0] or 0, "SPAN": gcd(*loops) if loops else 0, "COMPUTE": _TL[compute],
-        "X_LEVEL": isinstance(x, BlockScaled) and x.global_scale is not None, "W_LEVEL": w.global_scale is not None,
+        "X_LEVEL": level_of(x) is not None, "W_LEVEL": w.global_scale is not None,
+        "SHUFFLED": isinstance(x, Values) and x.shuffled,
         "LIFT": _LIFT.get(x_kind, 1.0) * _LIFT.get(w_kind, 1.0) if compute == torch.float16 else 1.0,
     }  # fmt: skip
     return Reading(path, constants)
@@ -128,10 +195,12 @@ def compute_dtype(powers: bool, w: BlockScaled, platform: Platform) -> torch.dty
     return capability.bf16_dot(platform) if powers and platform.arch != "sm_75" else torch.float16
 
 
-def operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
+def operand(q: BlockScaled | Values, kind: str, how: Reading, platform: Platform) -> Tensor:
     """The tensor that the kernel reads: values, native fp8, bytes, or bytes decoded here."""
-    if isinstance(q, Tensor):
-        return q if q.stride(-1) == 1 else q.contiguous()
+    if isinstance(q, Values):
+        return q.data if q.data.stride(-1) == 1 else q.data.contiguous()
+    if how.path == "dense":
+        return products(q, next(d for d, t in _TL.items() if t == how.constants["COMPUTE"]), platform)
     if kind == "value" and how.path != "native" and q.data.dtype not in _TL:
         dtype = next(d for d, t in _TL.items() if t == how.constants["COMPUTE"])
         y = q.data.new_empty(q.data.shape, dtype=dtype)
@@ -143,6 +212,20 @@ def operand(q: BlockScaled | Tensor, kind: str, how: Reading) -> Tensor:
     return q.data if kind in ("value", "cast") else q.data.view(torch.uint8)
 
 
+def products(q: BlockScaled, dtype: torch.dtype, platform: Platform) -> Tensor:
+    """Code times scale `[rows, K]` in a dtype that holds it; NVFP4's second level stays apart."""
+    (rows, k), kind = q.shape, _kind(q, dtype, platform)
+    y, (scale, s_row, s_k) = q.data.new_empty(rows, k, dtype=dtype), scale_args(q)
+    with on_device(y):
+        decode_scaled_kernel[(-(-rows // 16) * -(-k // 256),)](
+            q.data.view(torch.uint8) if kind != "cast" else q.data, scale, y, rows, k, q.data.stride(0), s_row, s_k,
+            KIND=kind, S_KIND=capability.scale_kind(q.format, q.scale.dtype), GROUP=q.format.block[1],
+            ROWS=q.format.block[0] or 0, LIFT=_LIFT.get(kind, 1.0) if dtype == torch.float16 else 1.0,
+            EVEN_K=k % 256 == 0, R=16, BK=256,
+        )  # fmt: skip
+    return y
+
+
 def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
     """(scales as Triton takes them, stride of a row of the scale grid, stride of a K group)."""
     scale = q.scale
@@ -150,6 +233,11 @@ def scale_args(q: BlockScaled) -> tuple[Tensor, int, int]:
         scale = scale.view(torch.uint8)
     row, group = (1, scale.stride(0)) if q.layout in ("tma", "col_scales") else (scale.stride(-2), scale.stride(-1))
     return scale, row if q.format.block[0] is not None else 0, group
+
+
+def level_of(x: BlockScaled | Values) -> Tensor | None:
+    """Second-level scales of the activations."""
+    return x.level if isinstance(x, Values) else x.global_scale
 
 
 @cache

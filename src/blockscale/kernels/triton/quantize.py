@@ -21,11 +21,12 @@ from . import capability
 from . import quantize_kernels as kernels
 from . import quantize_whole as whole_kernels
 from .capability import is_grouped
-from .quantize_constants import computed, division
+from .quantize_constants import computed, division, padded, scale_strides
 
 _PARTS = 1024
 FEW_ROWS = 16
-"""Up to so many rows a program quantizes one group and no more."""
+"""Up to so many rows a program quantizes one group and no more, if it is not one of many short ones."""
+_FEW_GROUP = 64
 _BYTES = (torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 
 
@@ -63,7 +64,7 @@ def quantize(
         )
     data, scales = _allocate(x, fmt, rows, cols, layout, platform, zero=layout in ("tma", "ue8m0x4"))
     how = computed(fmt, rounding, layout, platform)
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
+    s_r, s_g, pack4 = scale_strides(scales, layout)
     with on_device(x):
         if fmt.block == (None, None):
             parts = x.new_empty(min(rows, _PARTS), dtype=torch.float32)
@@ -82,6 +83,33 @@ def quantize(
                 R=min(_pow2(br), max(4096 // chunk_c, 1)), C=chunk_c, **capability.quantize_options(platform, 4),
             )  # fmt: skip
     return BlockScaled.trusted(data, scales, fmt, layout, (rows, cols))
+
+
+def quantized_values(
+    x: Tensor,
+    fmt: Format,
+    platform: Platform,
+    dtype: torch.dtype,
+    *,
+    floor: float = DEFAULT_FLOOR,
+    level: Tensor | None = None,
+    tickets: Tensor | None = None,
+    shuffled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The numbers that `quantize` would store, code times scale, as `[rows, cols]` of `dtype`, and NVFP4's level, which
+    they leave out. Formats that `is_grouped`; the caller knows that the products are exact in dtype.
+
+    shuffled: columns in the order of `tiles.shuffled`; cols in whole 32.
+    """
+    x = _rows_dense(x)
+    if fmt.two_level and level is None:
+        level = _nvfp4_level(x, fmt)
+    out = "native product" if capability.native_cast(platform, fmt.element.name) else "product"
+    held = _groups(
+        x, fmt, fmt.scale_rounding, floor, "row", platform, cols=x.shape[1], level=level, tickets=tickets,
+        values=dtype, out=out, shuffled=shuffled,
+    )  # fmt: skip
+    return held.data, level
 
 
 def swiglu_quantize(
@@ -123,8 +151,8 @@ def rmsnorm_quantize(
     rows, cols = x.shape
     data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = computed(fmt, scale_rounding or fmt.scale_rounding, layout, platform)
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
-    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+    s_r, s_g, pack4 = scale_strides(scales, layout)
+    padded_rows, padded_groups = padded(fmt, rows, cols, layout)
     group = fmt.block[1] or cols
     whole = _pow2(padded_groups) * _pow2(group) <= 16384
     tile = _pow2(padded_groups) if whole else max(2048 // _pow2(group), 1)
@@ -158,23 +186,36 @@ def _groups(
     fused: dict[str, Any] | None = None,
     tickets: Tensor | None = None,
     values: torch.dtype | None = None,
+    out: str = "value",
+    shuffled: bool = False,
     tile: QuantizeTile | None = None,
 ) -> BlockScaled:
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
-    data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     how = computed(fmt, rounding, layout, platform)
+    if "product" in out:
+        data = scales = x.new_empty(rows, cols, dtype=values)  # the kernel stores no scale
+    else:
+        data, scales = _allocate(x, fmt, rows, cols, layout, platform)
     if values is not None:
-        data, how["OUT"] = x.new_empty(rows, cols, dtype=values), "value"
-    s_r, s_g, pack4 = _scale_strides(scales, layout)
-    padded_rows, padded_groups = _padded(fmt, rows, cols, layout)
+        data, how["OUT"] = x.new_empty(rows, cols, dtype=values) if out == "value" else data, out
+    s_r, s_g, pack4 = scale_strides(scales, layout)
+    padded_rows, padded_groups = padded(fmt, rows, cols, layout)
     few = tile is None and rows <= FEW_ROWS
     tile = tile or quantize_tile(
         rows, padded_groups, group, platform, scales_by_column=layout in ("col_scales", "tma", "ue8m0x4")
     )
     limit, weight = (fused["limit"], fused["weight"]) if fused else (None, None)
     divide = division(platform, floor, x, fmt)
-    if few and not fused and not fmt.packed and not pack4 and _even(cols, group):
+    if (
+        few
+        and group >= _FEW_GROUP
+        and not shuffled
+        and not fused
+        and not fmt.packed
+        and not pack4
+        and _even(cols, group)
+    ):
         with on_device(x):
             kernels.few_kernel[(padded_groups, padded_rows)](
                 x, _codes(data, how), _bytes(scales), tickets, 0 if tickets is None else tickets.numel(), rows,
@@ -190,7 +231,7 @@ def _groups(
             -(-cols // group), x.stride(0), data.stride(0), s_r, s_g, padded_rows, padded_groups, floor,
             0.0 if limit is None else limit, tickets, 0 if tickets is None else tickets.numel(),
             SWIGLU=fused is not None, CLAMP=limit is not None, WEIGHTED=weight is not None, GROUP=group, **how,
-            DIVIDE=divide, PACK4=pack4, EVEN=_even(cols, group),
+            DIVIDE=divide, PACK4=pack4, EVEN=_even(cols, group), SHUFFLED=shuffled,
             TICKETS=0 if tickets is None else 1024, FEW=two_axes, R=tile.rows, G=tile.groups, C=_pow2(group),
             **capability.quantize_options(platform, tile.warps),
         )  # fmt: skip
@@ -236,27 +277,12 @@ def _allocate(
     return data, x.new_empty((gc, gr) if layout == "col_scales" else (gr, gc), dtype=scale_dtype)
 
 
-def _scale_strides(scales: Tensor, layout: str) -> tuple[int, int, bool]:
-    """(stride of rows, stride of groups, packed by four), in elements of what is stored."""
-    if layout in ("col_scales", "tma", "ue8m0x4"):
-        return 1, scales.shape[1], layout == "ue8m0x4"
-    return scales.shape[1], 1, False
-
-
-def _padded(fmt: Format, rows: int, cols: int, layout: str) -> tuple[int, int]:
-    """Rows and groups of the scale grid with the zero padding that the layout asks for."""
-    gr, gc = fmt.scale_shape(rows, cols)
-    if layout not in ("tma", "ue8m0x4"):
-        return gr, gc
-    return -(-gr // 4) * 4, -(-gc // 4) * 4 if layout == "ue8m0x4" else gc
-
-
 def _even(cols: int, group: int) -> bool:
     return cols % group == 0 and group == _pow2(group)
 
 
 def _codes(data: Tensor, how: dict[str, Any]) -> Tensor:
-    return data if how["OUT"] in ("native", "value") else data.view(torch.uint8)
+    return data if data.element_size() > 1 or how["OUT"] == "native" else data.view(torch.uint8)
 
 
 def _bytes(scales: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Constexprs of the quantize kernels: pure functions of format and platform, remembered since eager calls ask again."""
+"""Constexprs and strides of the quantize kernels: pure functions, remembered where eager calls ask them again."""
 
 from __future__ import annotations
 
@@ -49,3 +49,18 @@ def _division(platform: Platform, floor: float, short: bool, fmt: Format | None)
         return "fma"
     scale = ctypes.c_float(ctypes.c_float(floor).value / fmt.max).value
     return "fma" if math.frexp(scale)[0] == 1 - 2.0**-24 else "rcp"
+
+
+def scale_strides(scales: Tensor, layout: str) -> tuple[int, int, bool]:
+    """(stride of rows, stride of groups, packed by four), in elements of what is stored."""
+    if layout in ("col_scales", "tma", "ue8m0x4"):
+        return 1, scales.shape[1], layout == "ue8m0x4"
+    return scales.shape[1], 1, False
+
+
+def padded(fmt: Format, rows: int, cols: int, layout: str) -> tuple[int, int]:
+    """Rows and groups of the scale grid with the zero padding that the layout asks for."""
+    gr, gc = fmt.scale_shape(rows, cols)
+    if layout not in ("tma", "ue8m0x4"):
+        return gr, gc
+    return -(-gr // 4) * 4, -(-gc // 4) * 4 if layout == "ue8m0x4" else gc

@@ -15,6 +15,7 @@ from .quantize_parts import (
     finite_or_nan,
     inside,
     inverse_pow2,
+    products,
     quantize_groups,
     scale_of,
     store_codes,
@@ -56,6 +57,7 @@ def group_kernel(
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     TICKETS: tl.constexpr,
     FEW: tl.constexpr,
     R: tl.constexpr,
@@ -100,7 +102,7 @@ def group_kernel(
         x = tl.where(mask, x, 0.0)
     quantize_groups(
         x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, level_ptr,
-        level_row, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+        level_row, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN, SHUFFLED,
     )  # fmt: skip
 
 
@@ -134,7 +136,9 @@ def few_kernel(
     g = tl.program_id(0)
     r = tl.program_id(1)
     at = g * C + tl.arange(0, C)
-    s_ptr += r * s_r + g * s_g
+    PRODUCT: tl.constexpr = OUT == "product" or OUT == "native product"
+    if not PRODUCT:
+        s_ptr += r * s_r + g * s_g
     if r < rows:
         x = finite_or_nan(tl.load(x_ptr + r * x_row + at).to(tl.float32))
         scale = scale_of(tl.max(tl.abs(x), axis=0), floor, LIMIT, ROUNDING, MAX_EXPONENT, DIVIDE)
@@ -142,9 +146,13 @@ def few_kernel(
             scaled = divide_by(x, scale, DIVIDE)
         else:
             scaled = x * inverse_pow2(scale)
-        store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
-        tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
-    else:
+        if PRODUCT:
+            value = products(scaled, scale, ELEMENT, OUT)
+            tl.store(q_ptr + r * q_row + at, value.to(q_ptr.dtype.element_ty))
+        else:
+            store_codes(q_ptr + r * q_row + at, scaled, None, ELEMENT, OUT)
+            tl.store(s_ptr, stored_scale(scale, SCALE_KIND, OUT))
+    elif not PRODUCT:
         tl.store(s_ptr, tl.zeros([], s_ptr.dtype.element_ty))
     if TICKETS > 0:
         if (r == 0) & (g == 0):
@@ -221,5 +229,5 @@ def rmsnorm_kernel(
         x = (x * inverse * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         quantize_groups(
             x, q_ptr, s_ptr, r, g, c, rows, cols, groups, q_row, s_r, s_g, padded_rows, padded_groups, floor, s_ptr,
-            0, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN,
+            0, GROUP, ELEMENT, LIMIT, ROUNDING, MAX_EXPONENT, SCALE_KIND, OUT, DIVIDE, PACK4, EVEN, False,
         )  # fmt: skip

@@ -6,7 +6,9 @@ non-finite values left out of amax and stored as NaN. Constexprs that recur:
 ELEMENT, LIMIT: element name and its largest magnitude. ROUNDING, MAX_EXPONENT: how a scale is made from amax.
 SCALE_KIND: how it is stored: "float" (fp32), "e8m0" or "e4m3" (bytes). OUT: "codec" stores bytes that integer code
 made, "native" lets the chip cast, "fnuz" stores E4M3FNUZ bytes of E4M3FN values beside doubled scales, "value" stores
-what the codes stand for as fp16 or bf16, for a multiplication that would decode them again in every tile.
+what the codes stand for as fp16 or bf16, for a multiplication that would decode them again in every tile, "product"
+stores code times scale and no scale ("native product": the chip casts). SHUFFLED: those in the order of
+`tiles.shuffled`.
 DIVIDE: "ieee"; "fma" where the target fuses multiply-adds: the same result in a third of the instructions; "rcp" on
 NVIDIA for what has 16 bits: without the branches of a division.
 PACK4: scale bytes of four groups share a word ("ue8m0x4").
@@ -21,6 +23,7 @@ import triton.language as tl
 
 from .codec import decode, encode, fn_to_fnuz, pack_fp4, pow2, pow2_exponent
 from .ptx import reciprocal_ptx
+from .tiles import shuffled
 
 
 @triton.jit
@@ -98,6 +101,16 @@ def store_codes(ptr, scaled, mask, ELEMENT: tl.constexpr, OUT: tl.constexpr):
 
 
 @triton.jit
+def products(scaled, scale, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """fp32 `scaled` rounded to ELEMENT, times `scale`, which broadcasts."""
+    if OUT == "native product":
+        value = scaled.to(tl.float8e4nv).to(tl.float32)
+    else:
+        value = decode(encode(scaled, ELEMENT), ELEMENT, tl.float32)
+    return value * scale
+
+
+@triton.jit
 def scale_of(
     amax, floor, LIMIT: tl.constexpr, ROUNDING: tl.constexpr, MAX_EXPONENT: tl.constexpr, DIVIDE: tl.constexpr
 ):
@@ -162,11 +175,13 @@ def quantize_groups(
     DIVIDE: tl.constexpr,
     PACK4: tl.constexpr,
     EVEN: tl.constexpr,
+    SHUFFLED: tl.constexpr,
 ):
     """Quantize and store fp32 `x: [R, G, C]`, rows `r`, groups `g`, elements `c` of a group; zeros outside.
 
     level: second-level scales, level_row apart from row to row (0: one for all).
     """
+    PRODUCT: tl.constexpr = OUT == "product" or OUT == "native product"
     x = finite_or_nan(x)
     amax = tl.max(tl.abs(x), axis=2)  # max passes over NaN
     if ELEMENT == "fp4":
@@ -175,7 +190,8 @@ def quantize_groups(
         level = tl.load(level_ptr + r * level_row, mask=r < rows, other=1.0)[:, None]
         ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, LIMIT), level), 448.0)
         stored = tl.where(whole, encode(ratio, "fp8"), 0x7F).to(tl.uint8)
-        step = decode(stored, "fp8", tl.float32) * level
+        scale = decode(stored, "fp8", tl.float32)
+        step = scale * level
         scaled = tl.where((step > 0)[:, :, None], divide_groups(x, step, "ieee"), 0.0)
     else:
         scale = scale_of(amax, floor, LIMIT, ROUNDING, MAX_EXPONENT, DIVIDE)
@@ -185,11 +201,21 @@ def quantize_groups(
         else:
             scaled = x * inverse_pow2(scale)[:, :, None]  # exact
         if ELEMENT == "fp4":
-            stored = tl.where(whole, stored, 255).to(tl.uint8)
+            if PRODUCT:
+                scale = tl.where(whole, scale, float("nan"))
+            else:
+                stored = tl.where(whole, stored, 255).to(tl.uint8)
 
     col = g[None, :, None] * GROUP + c[None, None, :]
     row = r.to(tl.int64)[:, None, None]
-    if ELEMENT == "fp4":
+    if PRODUCT:
+        if ELEMENT == "fp4":
+            scaled = tl.where(whole[:, :, None], scaled, 0.0)
+        value = products(scaled, scale[:, :, None], ELEMENT, OUT).to(q_ptr.dtype.element_ty)
+        if SHUFFLED:
+            value = tl.reshape(shuffled(tl.reshape(value, (x.shape[0], x.shape[1] * x.shape[2]))), x.shape)
+        tl.store(q_ptr + row * q_row + col, value, mask=inside(r, g, c, rows, cols, groups, GROUP, EVEN))
+    elif ELEMENT == "fp4":
         byte = pack_fp4(encode(tl.where(whole[:, :, None], scaled, 0.0), "fp4"))
         half = g[None, :, None] * (GROUP // 2) + tl.arange(0, c.shape[0] // 2)[None, None, :]
         within = (tl.arange(0, c.shape[0] // 2) < GROUP // 2)[None, None, :]
@@ -197,10 +223,11 @@ def quantize_groups(
     else:
         store_codes(q_ptr + row * q_row + col, scaled, inside(r, g, c, rows, cols, groups, GROUP, EVEN), ELEMENT, OUT)
 
-    real = (r < rows)[:, None] & (g < groups)[None, :]
-    stored = tl.where(real, stored, 0).to(stored.dtype)
-    if PACK4:
-        at = ((g // 4)[None, :] * s_g + r.to(tl.int64)[:, None]) * 4 + (g % 4)[None, :]
-    else:
-        at = r.to(tl.int64)[:, None] * s_r + g[None, :].to(tl.int64) * s_g
-    tl.store(s_ptr + at, stored, mask=(r < padded_rows)[:, None] & (g < padded_groups)[None, :])
+    if not PRODUCT:
+        real = (r < rows)[:, None] & (g < groups)[None, :]
+        stored = tl.where(real, stored, 0).to(stored.dtype)
+        if PACK4:
+            at = ((g // 4)[None, :] * s_g + r.to(tl.int64)[:, None]) * 4 + (g % 4)[None, :]
+        else:
+            at = r.to(tl.int64)[:, None] * s_r + g[None, :].to(tl.int64) * s_g
+        tl.store(s_ptr + at, stored, mask=(r < padded_rows)[:, None] & (g < padded_groups)[None, :])

@@ -12,6 +12,7 @@ matrix unit, so that its short accumulators do not leak; "fold": groups shorter 
 element is exact in COMPUTE, multiply the operand; "end": one for all of K, after the loop.
 X_GROUP, W_GROUP, W_ROWS: elements of K (and weight rows) that share a scale; 0 is all of them.
 SPAN: K elements after which "loop" scales change (0: never). BK divides it, or the last step of a span is masked.
+SHUFFLED: x lies in the order of `shuffled`, so decoded weights are brought into it.
 SWAP: weight rows take the M side of the matrix instruction, for few tokens on chips where that side is 64 wide.
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codec import decode, decode_scale, unpack_fp4
+from .codec import decode, decode_scale, e8m0_as_bf16, unpack_fp4
 from .ptx import decode_fp4_ptx, decode_ptx, decode_ptx_checked
 
 
@@ -59,6 +60,12 @@ def load_operand(
         raw = tl.load(at)
     else:
         raw = tl.load(at, mask=(k < k_end)[None, :], other=0.0 if KIND == "value" or KIND == "cast" else 0)
+    return decoded(raw, KIND, COMPUTE)
+
+
+@triton.jit
+def decoded(raw, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+    """What `load_operand` loads, as the matrix unit takes it."""
     if KIND == "value":
         tile = raw
     elif KIND == "cast":
@@ -77,18 +84,35 @@ def load_operand(
 
 
 @triton.jit
-def fold_scale(tile, ptr, row, s_row, s_k, k0, k_end, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr):
-    """Multiply `[rows, BK]` by its `[rows, BK / GROUP]` scales."""
-    GROUPS: tl.constexpr = tile.shape[1] // GROUP
-    g = k0 // GROUP + tl.arange(0, GROUPS)
+def load_scales(ptr, row, s_row, s_k, k0, k_end, GROUP: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """The stored scales `[rows, BK / GROUP]` of columns k0 … k0 + BK - 1."""
+    g = k0 // GROUP + tl.arange(0, BK // GROUP)
     if not EVEN_K:
         # Elements past the end are zeros under any scale, so the last group serves them: triton-xpu 3.3 aborts on
         # the mask of a single group inside a loop.
         g = tl.minimum(g, (k_end - 1) // GROUP)
-    raw = tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k)
-    scale = decode_scale(raw, KIND).to(tile.dtype)
-    grouped = tl.reshape(tile, (tile.shape[0], GROUPS, GROUP)) * scale[:, :, None]
+    return tl.load(ptr + row[:, None] * s_row + g[None, :] * s_k)
+
+
+@triton.jit
+def fold_scale(tile, raw, KIND: tl.constexpr):
+    """Multiply `[rows, BK]` by its stored scales `[rows, groups]`."""
+    scale = (
+        e8m0_as_bf16(raw) if KIND == "e8m0" and tile.dtype == tl.bfloat16 else decode_scale(raw, KIND).to(tile.dtype)
+    )
+    grouped = tl.reshape(tile, (tile.shape[0], raw.shape[1], tile.shape[1] // raw.shape[1])) * scale[:, :, None]
     return tl.reshape(grouped, (tile.shape[0], tile.shape[1]))
+
+
+@triton.jit
+def shuffled(tile):
+    """`[rows, BK]` with each 32 columns in another order: bits ttuhl of a column become uhttl.
+
+    A lane of the matrix unit holds columns 2t, 2t + 1, 2t + 8, 2t + 9 of 16. In this order those of 32 are eight that
+    lie side by side in memory: one load instead of four, and registers of four codes as the decoder wants them.
+    """
+    split = tl.reshape(tile, (tile.shape[0], tile.shape[1] // 32, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(split, (0, 1, 3, 4, 2, 5)), (tile.shape[0], tile.shape[1]))
 
 
 @triton.jit
@@ -115,6 +139,19 @@ def count_steps(K, SPAN: tl.constexpr, BK: tl.constexpr):
     else:
         steps = tl.cdiv(K, SPAN) * ((SPAN + BK - 1) // BK)
     return steps
+
+
+@triton.jit
+def step_columns(step, K, SPAN: tl.constexpr, BK: tl.constexpr):
+    """Columns of a step: (the first, the end)."""
+    if SPAN == 0 or SPAN % BK == 0:
+        k0 = step * BK
+        k_end = K
+    else:
+        STEPS: tl.constexpr = (SPAN + BK - 1) // BK
+        k0 = step // STEPS * SPAN + step % STEPS * BK
+        k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
+    return k0, k_end
 
 
 @triton.jit
@@ -150,6 +187,7 @@ def accumulate(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """fp32 `[BM, BN]` (or `[BN, BM]` with SWAP) of K steps first … last - 1.
@@ -158,20 +196,27 @@ def accumulate(
     sw_row: row numbers in the weight's scale grid, a vector, or a scalar where one serves the whole tile.
     """
     acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
-    STEPS: tl.constexpr = 1 if SPAN == 0 else (SPAN + BK - 1) // BK
+    # Scales come one step ahead: such short loads are not pipelined, and the decoder would wait for memory. But Triton
+    # (3.6, 3.7) then takes decoded E2M1 in groups of 32 through shared memory, which costs more, unless it is shuffled.
+    AHEAD: tl.constexpr = (W_KIND != "fp4 ptx" or SHUFFLED) or W_GROUP == 16
+    if W_SCALE == "fold" and AHEAD:
+        k0, k_end = step_columns(tl.maximum(tl.minimum(first, last - 1), 0), K, SPAN, BK)
+        w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, k0, k_end, W_GROUP, BK, EVEN_K)
     for step in tl.range(first, last, num_stages=STAGES):
-        if SPAN == 0 or SPAN % BK == 0:
-            k0 = step * BK
-            k_end = K
-        else:
-            k0 = step // STEPS * SPAN + step % STEPS * BK
-            k_end = tl.minimum(K, (step // STEPS + 1) * SPAN)
+        k0, k_end = step_columns(step, K, SPAN, BK)
         x = load_operand(x_ptr, x_row, x_stride, k0, k_end, X_KIND, COMPUTE, BK, EVEN_K)
         w = load_operand(w_ptr, w_row, w_stride, k0, k_end, W_KIND, COMPUTE, BK, EVEN_K)
         if X_SCALE == "fold":
-            x = fold_scale(x, sx_ptr, x_row, sx_m, sx_k, k0, k_end, SX_KIND, X_GROUP, EVEN_K)
+            x = fold_scale(x, load_scales(sx_ptr, x_row, sx_m, sx_k, k0, k_end, X_GROUP, BK, EVEN_K), SX_KIND)
         if W_SCALE == "fold":
-            w = fold_scale(w, sw_ptr, sw_row, sw_n, sw_k, k0, k_end, SW_KIND, W_GROUP, EVEN_K)
+            if not AHEAD:
+                w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, k0, k_end, W_GROUP, BK, EVEN_K)
+            w = fold_scale(w, w_scale, SW_KIND)
+            if AHEAD:
+                next_k0, next_end = step_columns(tl.minimum(step + 1, last - 1), K, SPAN, BK)
+                w_scale = load_scales(sw_ptr, sw_row, sw_n, sw_k, next_k0, next_end, W_GROUP, BK, EVEN_K)
+        if SHUFFLED:
+            w = shuffled(w)
         if SWAP:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
         else:

@@ -10,10 +10,12 @@ import triton.language as tl
 from blockscale import layouts, reference
 from blockscale.conformance import Case, check
 from blockscale.formats import get_format
-from blockscale.kernels.triton import KERNELS, gemm, operands, tma_kernels
+from blockscale.kernels.triton import KERNELS, exact, gemm, operands, tma_kernels
+from blockscale.kernels.triton.dense_kernels import dense_kernel
 from blockscale.kernels.triton.tma_kernels import rescaled
 from blockscale.numerics import get_numerics
-from blockscale.tuning import gemm_tile
+from blockscale.tensor import BlockScaled
+from blockscale.tuning import GemmTile, gemm_tile
 
 F16, F32 = torch.float16, torch.float32
 EXACT = 3e-7
@@ -196,9 +198,85 @@ def test_bytes_decoded_beforehand_give_the_same_result(platform, g, monkeypatch)
     assert torch.equal(gemm.matmul(xq, w, platform, out_dtype=F32, tile=tile), in_the_loop)
 
 
+SHORT = [
+    ("fp8_32x32_ue8m0", "deepseek_v4_1"), ("mxfp8", "checkpoint"), ("mxfp4", "deepseek_v4"), ("nvfp4", "checkpoint"),
+    ("fp8_1x64_ue8m0", "checkpoint"), ("fp8_128x128_ue8m0", "deepseek_v4_1"), ("mxfp8", "weight_only"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "policy"), SHORT)
+def test_weights_decoded_with_their_scales(name, policy, platform, g, monkeypatch):
+    """Ragged N and K, in slices of one block and at once: the loop's numbers, and a NaN scale stays in its rows."""
+    numerics = get_numerics(policy)
+    w = reference.quantize(torch.randn(133, 304, generator=g), get_format(name))
+    w.scale.view(torch.uint8)[1, 2] = 255 if w.scale.dtype == torch.float8_e8m0fnu else 0x7F
+    x, bias = torch.randn(3, 304, generator=g), torch.randn(133, generator=g)
+    in_the_loop = gemm.linear(x, w, bias, numerics, F32, platform)
+    monkeypatch.setattr(gemm, "DECODE_FIRST", 1)
+    first = gemm.linear(x, w, bias, numerics, F32, platform)
+    monkeypatch.setattr(gemm, "decoded_rows", lambda *_: w.format.block[0])
+    want = reference.linear(x, w, bias, numerics=numerics)
+    good = ~want.isnan().any(0)
+    assert 0 < good.sum() < 133
+    for y in (in_the_loop, first, gemm.linear(x, w, bias, numerics, F32, platform)):
+        assert torch.equal(y.isnan(), want.isnan())
+        assert worst_row(y[:, good], want[:, good]) < EXACT
+
+
+@pytest.mark.parametrize(("name", "policy"), [case for case in SHORT if case[1] != "weight_only"])
+def test_quantized_operands_of_short_groups(name, policy, platform, g):
+    """Activations that come quantized are decoded with their scales: what `linear` multiplies."""
+    w = reference.quantize(torch.randn(40, 304, generator=g), get_format(name))
+    xq = reference.quantize(torch.randn(20, 304, generator=g), get_numerics(policy).activation_format(w.format))
+    assert isinstance(operands.held(xq, w, platform), operands.Values)
+    assert worst_row(gemm.matmul(xq, w, platform, out_dtype=F32), reference.matmul(xq, w)) < EXACT
+
+
+def test_a_floor_that_bf16_could_not_hold_keeps_scales_apart(platform, g):
+    fmt = get_format("fp8_1x32_ue8m0")
+    w = reference.quantize(torch.randn(40, 64, generator=g), get_format("fp8_32x32_ue8m0"))
+    for floor, kind in ((1e-10, operands.Values), (1e-35, BlockScaled)):
+        numerics = replace(get_numerics("checkpoint"), act_floor=floor)
+        assert isinstance(operands.quantize_activations(torch.randn(3, 64), fmt, w, numerics, platform), kind)
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_block_copies_of_values(levels, g):
+    """Ragged M, N and K in tiles of 32."""
+    x, w, bias = torch.randn(70, 336, generator=g), torch.randn(40, 336, generator=g), torch.randn(40, generator=g)
+    one, two = torch.tensor(0.5), torch.tensor(3.0)
+    y = torch.full((70, 40), torch.nan)
+    dense_kernel[(6,)](
+        gemm._blocks(x, 32, 64), gemm._blocks(w, 32, 64), y, bias, one, two, 70, 40, 336, 40, BIAS=True,
+        X_LEVEL=levels, W_LEVEL=levels, BM=32, BN=32, BK=64, GROUP_M=8, STAGES=1,
+    )  # fmt: skip
+    assert worst_row(y, x.double() @ w.double().T * (1.5 if levels else 1) + bias) < EXACT
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("name", "policy"), SHORT[:5])
+def test_weights_decoded_in_registers(name, policy, split, platform, g, monkeypatch):
+    """Shuffled activations, with pointers and with block copies: ragged M and N, K of whole 32 but no whole step."""
+    monkeypatch.setattr(exact, "shuffles", lambda *_: True)
+    numerics, tile = get_numerics(policy), GemmTile(16, 32, 64, 4, 1, "test", split=split, swap=True)
+    monkeypatch.setattr(exact, "folded_tile", lambda *_: tile)
+    w = reference.quantize(torch.randn(72, 352, generator=g), get_format(name))
+    x, bias = torch.randn(35, 352, generator=g), torch.randn(72, generator=g)
+    want = reference.linear(x, w, bias, numerics=numerics)
+    assert worst_row(gemm.linear(x, w, bias, numerics, F32, platform), want) < EXACT
+    seen = []
+    monkeypatch.setattr(gemm, "_takes_tma", lambda x, *_: seen.append(x.shuffled) or True)
+    assert worst_row(gemm.linear(x, w, bias, numerics, F32, platform), want) < EXACT
+    assert seen == [True]
+
+
 CONFORMANCE = [
     Case("linear", "fp8_128x128", 5, 130, 384, F32, edge=e)
     for e in ("bias", "zero_row", "tiny", "large", "nan_row", "all_codes", "strided")
+] + [
+    Case("linear", name, 5, 130, 384, F32, policy, e)
+    for name, policy in (("fp8_32x32_ue8m0", "checkpoint"), ("mxfp8", "checkpoint"), ("mxfp8", "weight_only"))
+    for e in ("tiny", "large", "nan_row", "all_codes", "nan_weight", "nan_scale", "tiny_scale", "f32_scales")
 ] + [
     Case("linear", "fp8_32x32_ue8m0", 3, 192, 576, F32), Case("linear", "mxfp8", 3, 192, 576, F32),
     Case("linear", "fp8_1x128", 3, 192, 576, F16), Case("linear", "fp8_tensor", 3, 192, 576, F16),

@@ -1,6 +1,7 @@
 """Every quantize kernel against the reference: the same bytes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,34 @@ def test_bytes(name, layout, platform, g):
     x = awkward(7, 176 if fmt.packed else 200, torch.bfloat16, g)
     got = q.quantize(x, fmt, platform, layout=layout)
     assert differing(got, layouts.convert(reference.quantize(x, fmt), layout)) in ([0, 0], [0, 0, 0])
+
+
+def column(k):
+    """Where the matrix unit wants column k of 32: a lane t of four holds eight side by side, bits u, h, l of them."""
+    t, u, h, low = k // 8, k // 4 % 2, k // 2 % 2, k % 2
+    return 16 * u + 8 * h + 2 * t + low
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("name", ["fp8_1x32_ue8m0", "fp8_1x128_ue8m0", "fp8e5m2_1x64_ue8m0", "mxfp8", "mxfp4", "nvfp4"])
+def test_values_are_codes_times_scales(name, rows, shuffled, platform, g):
+    """One group a program and many; the second level stays apart."""
+    fmt = get_format(name)
+    x = awkward(rows, 256, torch.bfloat16, g)
+    got, level = q.quantized_values(x, fmt, platform, torch.float32, shuffled=shuffled)
+    if shuffled:
+        got = got[:, [k // 32 * 32 + column(k % 32) for k in range(256)]]
+    want = reference.quantize(x, fmt)
+    assert (level is None) == (want.global_scale is None)
+    if level is not None:
+        assert torch.equal(level, want.global_scale)
+        want = replace(want, global_scale=torch.ones(()))
+    values = reference.dequantize(want)
+    assert got.shape == (rows, 256)
+    assert values[-1, :3].isnan().all()
+    assert torch.equal(got.isnan(), values.isnan())
+    assert torch.equal(got.nan_to_num(0).view(torch.int32), values.nan_to_num(0).view(torch.int32))  # -0 too
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
