@@ -7,8 +7,9 @@ import torch
 
 from blockscale.formats import get_format
 from blockscale.kernels.gluon import heuristic, tables
+from blockscale.kernels.gluon.candidates import candidates, ranked
 from blockscale.kernels.gluon.config import Swap, parse
-from blockscale.kernels.gluon.selection import by_rule, choose, measured
+from blockscale.kernels.gluon.selection import by_rule, choose, measured, misfit
 from blockscale.ops import linear_problem
 from blockscale.reference import quantize
 
@@ -46,10 +47,33 @@ def test_every_row_of_a_shipped_table_reads(chip: str) -> None:
         n, k = map(int, shape.split("x"))
         for m, text in rows.items():
             config = parse(text)
-            assert -(-k // 128) % config.step == 0, (n, k, m, text)
+            assert not misfit(config, k), (n, k, m, text)
             if isinstance(config, Swap):
                 assert int(m) <= 64
                 assert config.stages % config.groups == 0  # a stage is always the same warpgroup's
+
+
+@pytest.mark.parametrize(
+    ("text", "k", "why"),
+    [
+        ("swap-16-g1-k6-x2-s2", 512, "K=512 has 2 steps, swap-16-g1-k6-x2-s2 needs 6 or more, one for each part of K"),
+        ("swap-8-g1-k2-x1-s2", 640, "K=640 has 5 k-blocks, swap-8-g1-k2-x1-s2 needs a multiple of 2"),
+        ("wide-64o-u8-p1-g1-s4-x1-y64", 720, "K=720 has 6 k-blocks, wide-64o-u8-p1-g1-s4-x1-y64 needs a multiple of 4"),
+        ("swap-16-g1-k6-x2-s2", 1536, ""),
+        ("swap-8-g1-k0-x1-s1", 128, ""),
+    ],
+)
+def test_a_configuration_says_which_k_it_cannot_walk_through(text: str, k: int, why: str) -> None:
+    assert misfit(parse(text), k) == why
+
+
+@pytest.mark.parametrize("k", [16, 128, 256, 384, 512, 576, 640, 720, 1024, 1152, 1536, 2304, 7168])
+def test_neither_the_rule_nor_tuning_gives_what_does_not_fit_k(k: int) -> None:
+    for n in (64, 192, 1024, 2112, 7168, 24576):
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 2048):
+            for sms in (114, 132):
+                given = [by_rule(m, n, k, sms), *ranked(m, n, k, sms), *candidates(m, n, k, sms)]
+                assert not [why for config in given if (why := misfit(config, k))], (m, n, k)
 
 
 def test_the_table_answers_for_rows_that_are_tiled_alike() -> None:

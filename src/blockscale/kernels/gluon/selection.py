@@ -7,7 +7,7 @@ from functools import cache
 
 from . import tables
 from .candidates import ranked
-from .config import Config, Wide, ceil_div, parse
+from .config import Config, Swap, Wide, ceil_div, parse
 
 # Between these, weights that are fetched early get in the way of the launch before, but for the widest tiles.
 _EARLY_ROWS = 256
@@ -45,6 +45,16 @@ def entry(m: int, n: int, k: int, chip: str = "") -> str:
     """Where `choose` finds the configuration: a table's file and row, or the rule."""
     at = _row(m, n, k, chip)
     return "rule" if at is None else f"{tables.origin(chip, f'{n}x{k}', str(at))}, row {n}x{k}, M={at}"
+
+
+def misfit(config: Config, k: int) -> str:
+    """Why a configuration cannot walk through K columns: what it needs and what K gives; "" when it can."""
+    blocks = ceil_div(k, 128)
+    if blocks % config.step:
+        return f"K={k} has {blocks} k-blocks, {config} needs a multiple of {config.step}"
+    if isinstance(config, Swap) and config.split > blocks // config.step:
+        return f"K={k} has {blocks // config.step} steps, {config} needs {config.split} or more, one for each part of K"
+    return ""
 
 
 def _row(m: int, n: int, k: int, chip: str) -> int | None:

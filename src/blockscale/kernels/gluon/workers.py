@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ...platform import detect
 from .config import Config, Wide, parse
+from .selection import misfit
 
 _START_SECONDS = 30.0  # until a worker has imported torch, with many starting at once
 _SILENT_SECONDS = 45.0
@@ -34,8 +35,7 @@ def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     else:
         shapes = [(config.tokens // 2 + 1, 576, 720), (config.tokens, 2112, 1024), (1, 768, 2048)]
     for m, n, k in shapes:
-        blocks = -(-k // 128)
-        if blocks % config.step == 0 and (isinstance(config, Wide) or config.split <= blocks // config.step):
+        if not misfit(config, k):
             yield m, n, k
 
 
