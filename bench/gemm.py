@@ -41,6 +41,7 @@ from blockscale.kernels.gluon.workers import check_all
 from blockscale.layouts import convert
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
+from empty_launch import empty_launches
 from gemm_peers import PEERS, Peer
 from gemm_table import PEER_NAMES, dispatch, markdown, shipped
 from roofline import draw
@@ -180,7 +181,7 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
     out = {"environment": environment(), "kernels": kernels_version(), "bad": bad,
-           "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings(), "dispatch": dispatch()}  # fmt: skip
+           "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings() | empty_launches(), "dispatch": dispatch()}  # fmt: skip
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:

@@ -55,11 +55,11 @@ def _read_us(size: float, programs: int, sm_count: int) -> float:
     return max(size * READ_US, size / min(programs, sm_count) * READ_SM_US)
 
 
-def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int) -> float:
-    """Predicted microseconds of a wide launch."""
+def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> float:
+    """Predicted microseconds of a wide launch. out_bytes: bytes of an element of y."""
     grid = wide_grid(config, m, n, k, sm_count)
     blocks, tiles, places = ceil_div(k, 128), config.tiles(m, n), sm_count * config.per_sm
-    read = _read_us(n * k + m * k + 2 * m * n, grid.programs, sm_count)
+    read = _read_us(n * k + m * k + out_bytes * m * n, grid.programs, sm_count)
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
     if grid.full_waves > 1 and m >= 1024:
         block *= THROTTLE
@@ -87,10 +87,10 @@ def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
     return LAUNCH_US + _together(waves * steps * block, read) + fixup + SWAP_END_US
 
 
-def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int) -> float:
-    """Predicted microseconds of a launch."""
+def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> float:
+    """Predicted microseconds of a launch. out_bytes: bytes of an element of y."""
     if isinstance(config, Wide):
-        return wide_us(config, m, n, k, sm_count)
+        return wide_us(config, m, n, k, sm_count, out_bytes)
     return swap_us(config, m, n, k, sm_count)
 
 
@@ -147,7 +147,7 @@ def _swapped(m: int, n: int, k: int, sm_count: int) -> Iterator[Swap]:
         yield Swap(tokens, 1, 0, 1, two)
 
 
-def ranked(m: int, n: int, k: int, sm_count: int) -> list[Config]:
+def ranked(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> list[Config]:
     """All of them, the one with the least predicted time first."""
     found: list[Config] = []
     grids = set()
@@ -159,7 +159,7 @@ def ranked(m: int, n: int, k: int, sm_count: int) -> list[Config]:
             found.append(config)
     if m <= MOST_SWAPPED:
         found += _swapped(m, n, k, sm_count)
-    return sorted(found, key=lambda c: (predicted_us(c, m, n, k, sm_count), str(c)))
+    return sorted(found, key=lambda c: (predicted_us(c, m, n, k, sm_count, out_bytes), str(c)))
 
 
 def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Config]:
