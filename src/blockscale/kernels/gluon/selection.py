@@ -10,12 +10,10 @@ from . import tables
 from .candidates import ranked
 from .config import Config, Swap, Wide, ceil_div, parse
 
-# Between these, weights that are fetched early get in the way of the launch before, but for the widest tiles.
-_EARLY_ROWS = 256
+_SMALL_TILES = 64  # rows of x up to which tiles are small, and so is what stages their results
+_SHORT_K = 1024
+_ALL_X = 32  # rows of tiles of a launch with short K: their x stays in L2 while w is read once
 _MANY_ROWS = 1024
-_SMALL_TILES = 128  # rows of x up to which tiles are small, and so is what stages their results
-_SHORT_K = 1024  # a launch of so few k-blocks gains by starting early all the same, with nothing fetched
-_ALL_X = 32  # rows of tiles of such a launch: their x stays in L2 while w is read once
 
 
 def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config:
@@ -25,10 +23,36 @@ def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config
     """
     best = ranked(m, n, k, sm_count, out_bytes)[0]
     if isinstance(best, Wide):
-        early = m <= _EARLY_ROWS or best.bn == 256 or (best.bn == 192 and m > _MANY_ROWS)
+        pdl, early = _start(best, m, n, k, sm_count)
+        one_wave = best.tiles(m, n) <= sm_count
+        way = "t" if best.bn == 128 and best.groups == 2 and one_wave else best.way
         together = _ALL_X if k <= _SHORT_K and best.bn == 256 else 0
-        return replace(best, pdl=early or k <= _SHORT_K, early=early, together=together)
+        return replace(best, way=way, pdl=pdl, early=early, together=together)
     return best
+
+
+def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, bool]:
+    """(start while the launch before drains, fetch weights meanwhile): what was faster where both were measured.
+
+    A wave that fills the GPU loses by an early start when K is long: its programs come to run in any order, and those
+    that share weights ask for them at different times. A wave that leaves SMs free gains by it, but early weights get
+    in the way of the launch before.
+    """
+    tiles = config.tiles(m, n)
+    if m <= 64 or k <= (1536 if m <= 256 else _SHORT_K) or config.parts > 1:
+        return True, True
+    if m > _MANY_ROWS:
+        fast = config.bn >= 192
+        return fast, fast
+    if tiles > sm_count:
+        fast = m <= 256 or k <= 2048
+        return fast, fast
+    if tiles > 0.95 * sm_count:
+        fast = m <= 128 or k < 5120
+        return fast, fast
+    if k > 8192:
+        return m <= 256, m <= 256
+    return True, False
 
 
 @cache
