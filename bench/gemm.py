@@ -180,8 +180,9 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     verdicts = prepare(texts, peers, args.peers, shapes, args.prepare, args.workers)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
+    limits = ceilings() | empty_launches()
     out = {"environment": environment(), "kernels": kernels_version(), "bad": bad,
-           "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings() | empty_launches(), "dispatch": dispatch()}  # fmt: skip
+           "checked": sorted(set(texts) - set(bad)), "ceilings": limits, "dispatch": dispatch()}  # fmt: skip
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:

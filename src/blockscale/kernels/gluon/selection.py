@@ -68,8 +68,7 @@ def choose(m: int, n: int, k: int, sm_count: int, chip: str = "", out_bytes: int
 def measured(m: int, n: int, k: int, chip: str, out_bytes: int = 2) -> Config | None:
     """The table's configuration for the nearest larger M that is tiled alike; None when there is none.
 
-    Tables are measured with results of two bytes. With four, staging them takes as much memory again, which counts where
-    tiles are large.
+    Tables are measured with results of two bytes. Staging four takes as much memory again: that counts in large tiles.
     """
     at = _row(m, n, k, chip, out_bytes)
     return None if at is None else parse(tables.read(chip)[f"{n}x{k}"][str(at)])
