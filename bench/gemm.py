@@ -3,9 +3,9 @@
     python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
---nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
-makes one report of several. --configs FILE: measure these configurations instead, JSON of {"MxNxK": [name, ...]}.
---peers: folder with deep_gemm.tar.xz.
+--nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, and of --rule every second
+configuration, for two cards at once; gemm_merge.py makes one report of several. --configs FILE: measure these
+configurations instead, JSON of {"MxNxK": [name, ...]}. --peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -173,7 +173,8 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     if args.configs:
         asked = json.loads(pathlib.Path(args.configs).read_text())
         plan |= {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
-    texts = sorted({str(c) for chosen in plan.values() for c in chosen} | (rule_anywhere() if args.rule else set()))
+    anywhere = sorted(rule_anywhere())[part::parts] if args.rule else []
+    texts = sorted({str(c) for chosen in plan.values() for c in chosen} | set(anywhere))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
     peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
     shapes = dict.fromkeys([*nks, *unseen], ms)
@@ -211,7 +212,8 @@ def save(folder: pathlib.Path, chip: str, out: dict[str, object], rows: list[Row
 
 def rule_anywhere() -> set[str]:
     """What the rule gives over a grid of shapes far wider than the report's: checked, not timed."""
-    return {str(by_rule(m, n, k, sm_count())) for n in RULE_N for k in RULE_K for m in RULE_M}
+    shapes = [(m, n, k) for n in RULE_N for k in RULE_K for m in RULE_M]
+    return {str(by_rule(*at, sm_count(), out_bytes)) for at in shapes for out_bytes in (2, 4)}
 
 
 def environment() -> dict[str, str]:

@@ -19,33 +19,36 @@ MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they st
 MOST_PARTS = 4
 MOST_SPLIT = 6
 LONG_K = 4096  # from here on weight scales by TMA are 1-3 % faster than by plain loads
-LAUNCH_US = 1.57
+LAUNCH_US = 1.76
+BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
-TILE_US = 0.78  # the end of a tile, for each 128 columns of it
+TILE_US = 0.66  # the end of a tile, for each 128 columns of it; a third more for each other warpgroup
 BLOCK_US = {
-    1: {16: 0.094, 32: 0.115, 64: 0.152, 96: 0.248, 128: 0.255, 160: 0.326, 192: 0.534},
-    2: {32: 0.198, 64: 0.224, 96: 0.453, 128: 0.38, 192: 0.545, 256: 0.678},
+    1: {16: 0.093, 32: 0.117, 64: 0.155, 96: 0.26, 128: 0.257, 160: 0.337, 192: 0.559},
+    2: {32: 0.195, 64: 0.227, 96: 0.446, 128: 0.373, 192: 0.538, 256: 0.67},
     3: {128: 0.556},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
-THROTTLE = 1.064  # times that, where all SMs multiply for long: the chip lowers its clock
-CUT_US = 2.1  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
-CUT_64_US = 0.04
-BLEND = 2.65  # of multiplying and reading: the larger, the less they hinder each other
+THROTTLE = 1.07  # times that, where all SMs multiply for long: the chip lowers its clock
+CUT_US = 1.68  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
+CUT_64_US = 0.215
+BLEND = 2.78  # of multiplying and reading: the larger, the less they hinder each other
+SWAP_LAUNCH_US = 1.8
 SWAP_READ_US = 1 / 3.0e6
 SWAP_READ_SM_US = 1 / 34e3
 """Microseconds of one byte where few SMs read: what one of them gets."""
 SWAP_READ = {8: 0.93, 16: 1.09, 32: 1.15}  # times that: tokens and weights share the way into an SM
+SWAP_SHARED = 1.03  # times that, where programs share an SM
 SWAP_BLOCK_US = 0.12
 ONE_STEP = 1.9  # times that, where k-blocks are waited for one by one
-SWAP_CUT_US = {8: 0.46, 16: 0.4, 32: 0.74}
-SWAP_PART = 0.15  # and so much of it more for each part beyond two
-SWAP_BESIDE_US = 0.2  # of the end of one program that another on its SM hides
+SWAP_CUT_US = {8: 0.37, 16: 0.32, 32: 0.59}
+SWAP_DEALT = 1.5  # times that, where steps are dealt evenly
+SWAP_FULL, SWAP_FULL_US = 0.85, 0.2  # with a larger part of the SMs taken by parts of tiles, so much more
 SWAP_END_US = 0.25  # writing y
 SWAP_BLEND = 3.5
-UNROLLS = (1, 2, 4, 6, 8, 14, 16)
-"""Few, since each is another kernel to compile; 14 and 16 pay for tiles of 64 columns alone."""
+UNROLLS = (1, 2, 4, 6, 8, 16)
+"""Few, since each is another kernel to compile; 16 pays for tiles of 64 columns alone."""
 
 
 def _unroll(blocks: int, most: int, step: int) -> int:
@@ -67,14 +70,15 @@ def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int 
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
     if grid.full_waves > 1 and m >= 1024:
         block *= THROTTLE
-    tile = TILE_US * config.bn / 128
+    tile = TILE_US * config.bn / 128 * (1 + (config.groups - 1) / 3)
+    launch = LAUNCH_US - (BESIDE_US if grid.programs * 2 <= sm_count * config.per_sm else 0)
     if grid.cut_tiles:
         parts = grid.dealt / tiles
         fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * parts
-        return LAUNCH_US + _together(blocks / parts * block, read, BLEND) + tile + fixup
+        return launch + _together(blocks / parts * block, read, BLEND) + tile + fixup
     # the last tile's end, which nothing hides, comes at last
     compute = grid.full_waves * (blocks * block + tile) - tile
-    return LAUNCH_US + _together(compute, read, BLEND) + tile
+    return launch + _together(compute, read, BLEND) + tile
 
 
 def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
@@ -87,10 +91,12 @@ def swap_us(config: Swap, m: int, n: int, k: int, sm_count: int) -> float:
     block = SWAP_BLOCK_US * beside * (1 if config.step > 1 else ONE_STEP)
     size = n * k + m * k
     read = max(size * SWAP_READ_US, size / min(programs, sm_count) * SWAP_READ_SM_US) * SWAP_READ[config.tokens]
-    us = LAUNCH_US + _together(waves * steps * block, read, SWAP_BLEND) + SWAP_END_US
+    read *= SWAP_SHARED if config.per_sm > 1 or not config.split else 1
+    us = SWAP_LAUNCH_US + _together(waves * steps * block, read, SWAP_BLEND) + SWAP_END_US
     if config.split != 1:
-        us += SWAP_CUT_US[config.tokens] * (1 + SWAP_PART * max(config.split - 2, 0))
-    return us - SWAP_BESIDE_US if beside > 1 and config.split > 1 else us
+        us += SWAP_CUT_US[config.tokens] * (1 if config.split else SWAP_DEALT)
+    full = config.per_sm == 1 and config.split > 1 and programs > SWAP_FULL * sm_count
+    return us + SWAP_FULL_US if full else us
 
 
 def predicted_us(config: Config, m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> float:
@@ -130,7 +136,9 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
         return
     if m <= 1024:
         yield Wide(32, eight, 1, 2, two)
-        yield Wide(64, _unroll(blocks, 16, 1), 1, 2, 1)
+        pair = Wide(64, _unroll(blocks, 16, 1), 1, 2, 1)
+        if k > 2048 or pair.tiles(m, n) > sm_count:  # in one short wave, one warpgroup a tile was 3 to 10 % faster
+            yield pair
     if m <= 256:
         yield Wide(96, _unroll(blocks, 4, 1), 1, 2, 1)
     yield Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=_staging(128, out_bytes))
@@ -140,7 +148,7 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
 
 def _cut(whole: Wide, m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
     """The same tiles in equal parts, as long as all of them run at once."""
-    if whole.bn > 64 or whole.bn < 32:  # sums of larger tiles cost more than they bring
+    if whole.groups > 1 or whole.bn not in (32, 64):  # sums of larger tiles cost more than they bring
         return
     for parts in range(2, MOST_PARTS + 1):
         if whole.tiles(m, n) * parts <= sm_count and ceil_div(k, 128) >= 4 * parts:
