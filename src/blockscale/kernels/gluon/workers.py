@@ -51,15 +51,19 @@ def check_configs(texts: list[str]) -> None:
     from .measure import Case, check
 
     sms = int(detect("cuda").value("sms") or 0)
-    case = cache(lambda shape, out: Case(*shape, out_dtype=out))
+
+    @cache
+    def case(m: int, n: int, k: int, out: torch.dtype) -> Case:
+        return Case(m, n, k, out_dtype=out)
+
     for text in texts:
         config, verdict = parse(text), ""
         shapes = list(ragged_shapes(config))
         for shape, out in [(shapes[0], torch.float32), *((shape, torch.bfloat16) for shape in shapes)]:
-            x, w, y = case(shape, out).operands(0)
+            x, w, y = case(*shape, out).operands(0)
             try:
                 for early in (False, True):
-                    wrong = check(launch(x, w, None, y, config, sms, early=early).run, case(shape, out))
+                    wrong = check(launch(x, w, None, y, config, sms, early=early).run, case(*shape, out))
                     verdict = verdict or (f"{shape} {out}: {wrong}" if wrong else "")
             except Exception as e:  # a configuration that does not compile is a finding, not a crash
                 verdict = f"{shape} {out}: {type(e).__name__} {str(e)[:200]}"
