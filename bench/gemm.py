@@ -5,7 +5,8 @@
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
 --nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, and of --rule every second
 configuration, for two cards at once; gemm_merge.py makes one report of several. --configs FILE: measure these
-configurations instead, JSON of {"MxNxK": [name, ...]}. --peers: folder with deep_gemm.tar.xz.
+configurations instead, JSON of {"MxNxK": [name, ...]}; with --only no other shapes. --known REPORT.json: what the same
+kernels had checked then is not checked for --rule again. --peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -172,12 +173,13 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     plan = {(m, n, k): plan_of(m, n, k, args.rivals, (n, k) in nks) for n, k in [*unseen, *nks] for m in ms}
     if args.configs:
         asked = json.loads(pathlib.Path(args.configs).read_text())
-        plan |= {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
-    anywhere = sorted(rule_anywhere())[part::parts] if args.rule else []
+        named = {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
+        plan = named if args.only else plan | named
+    anywhere = sorted(rule_anywhere() - checked_before(args.known))[part::parts] if args.rule else []
     texts = sorted({str(c) for chosen in plan.values() for c in chosen} | set(anywhere))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
     peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
-    shapes = dict.fromkeys([*nks, *unseen], ms)
+    shapes = {(n, k): [m for m in ms if (m, n, k) in plan] for n, k in [*nks, *unseen]}
     verdicts = prepare(texts, peers, args.peers, shapes, args.prepare, args.workers)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:
-        for m in ms:
+        for m in shapes[n, k]:
             if time.time() - START > args.budget:
                 log("out of time at", m, n, k)
                 break
@@ -208,6 +210,12 @@ def save(folder: pathlib.Path, chip: str, out: dict[str, object], rows: list[Row
     (folder / f"{card}-gemm.md").write_text(markdown(report))
     draw(report, folder / f"{card}-gemm.svg")
     (folder / f"{chip}.json").write_text(json.dumps(shipped(rows), indent=1) + "\n")
+
+
+def checked_before(reports: list[pathlib.Path]) -> set[str]:
+    """The configurations that were right in these reports, where they were of the same kernels."""
+    found = [json.loads(path.read_text()) for path in reports]
+    return {text for report in found if report["kernels"] == kernels_version() for text in report["checked"]}
 
 
 def rule_anywhere() -> set[str]:
@@ -235,6 +243,8 @@ def main() -> None:
     parser.add_argument("--nk", default="")
     parser.add_argument("--m", default="")
     parser.add_argument("--configs", default="")
+    parser.add_argument("--only", action="store_true", help="no shapes but those that --configs names")
+    parser.add_argument("--known", type=pathlib.Path, nargs="*", default=[], help="reports of earlier checks")
     parser.add_argument("--part", default="0/1", help="measure the I-th of P parts of the weight shapes: I/P")
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")
