@@ -28,9 +28,14 @@ _SILENT_SECONDS = 45.0
 def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     """(m, n, k) that a configuration is checked on: ragged rows, columns and K, several tiles, cut tiles."""
     if isinstance(config, Wide):
-        shapes = [(64 * config.groups + 2, 576, 720), (200, 2112, 1024)]
-        if config.groups == 1:  # boxes of 8, 16 and 32 rows of x
-            shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720)]
+        rows = 64 * config.groups
+        shapes = [
+            (rows + 2, 576, 720),
+            (200, 2112, 1024),
+            (2 * rows, 576, 720),
+        ]  # the last: no request for x falls short
+        if config.groups == 1:  # boxes of 8, 16 and 32 rows of x; three of four boxes of 16
+            shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720), (48, 576, 720)]
         else:
             shapes += [(64, 768, 2048)]
     else:
