@@ -16,6 +16,7 @@ from dataclasses import replace
 from .config import Config, Swap, Wide, ceil_div, wide_grid
 
 MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they stand
+MOST_NARROW = 512  # rows; with 1024, tiles of 64 columns took 1.5 times as long a k-block
 MOST_PARTS = 4
 MOST_SPLIT = 6
 LONG_K = 4096  # from here on weight scales by TMA are 1-3 % faster than by plain loads
@@ -130,11 +131,11 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
     if m <= 128:
         yield from (Wide(32, eight, 1, 1, two), Wide(96, four, 1, 1, two))
         yield from (Wide(160, four, 1, 1, two), Wide(192, four, 1, 1, two))
-    if m <= 1024:
+    if m <= MOST_NARROW:
         yield from (Wide(64, eight, 1, 1, two), Wide(128, eight, 1, 1, two))
     if m <= 64:
         return
-    if m <= 1024:
+    if m <= MOST_NARROW:
         yield Wide(32, eight, 1, 2, two)
         pair = Wide(64, _unroll(blocks, 16, 1), 1, 2, 1)
         if k > 2048 or pair.tiles(m, n) > sm_count:  # in one short wave, one warpgroup a tile was 3 to 10 % faster

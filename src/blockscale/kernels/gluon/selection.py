@@ -45,7 +45,7 @@ def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, b
         fast = config.bn >= 192
         return fast, fast
     if tiles > sm_count:
-        fast = m <= 256 or k <= 2048
+        fast = m <= 256 or k < 4096
         return fast, fast
     if tiles > 0.95 * sm_count:
         fast = m <= 128 or k < 5120
