@@ -3,9 +3,10 @@
     python bench/gemm.py --peers DIR      all shapes: the shipped configuration and some rivals beside all peers
 
 Writes <card>-gemm.{md,json,svg} and <chip>.json, the table that the kernels would ship, into bench/results or --out.
---nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, for two cards at once; gemm_merge.py
-makes one report of several. --configs FILE: measure these configurations instead, JSON of {"MxNxK": [name, ...]}.
---peers: folder with deep_gemm.tar.xz.
+--nk "N,K;N,K", --m "1,16": fewer shapes. --part 0/2: every second weight shape, and of --rule every second
+configuration, for two cards at once; gemm_merge.py makes one report of several. --configs FILE: measure these
+configurations instead, JSON of {"MxNxK": [name, ...]}; with --only no other shapes. --known REPORT.json: what the same
+kernels had checked then is not checked for --rule again. --peers: folder with deep_gemm.tar.xz.
 
 Nothing is timed before it is right: every configuration that is measured first runs ragged shapes, in parallel
 processes which also fill the compilers' caches; every peer and every kernel is checked again on each shape that it is
@@ -41,6 +42,7 @@ from blockscale.kernels.gluon.workers import check_all
 from blockscale.layouts import convert
 from blockscale.platform import detect
 from blockscale.registry import Problem, select
+from empty_launch import empty_launches
 from gemm_peers import PEERS, Peer
 from gemm_table import PEER_NAMES, dispatch, markdown, shipped
 from roofline import draw
@@ -171,20 +173,23 @@ def run(args: argparse.Namespace, nks: list[tuple[int, int]], ms: list[int]) -> 
     plan = {(m, n, k): plan_of(m, n, k, args.rivals, (n, k) in nks) for n, k in [*unseen, *nks] for m in ms}
     if args.configs:
         asked = json.loads(pathlib.Path(args.configs).read_text())
-        plan |= {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
-    texts = sorted({str(c) for chosen in plan.values() for c in chosen} | (rule_anywhere() if args.rule else set()))
+        named = {at: [parse(t) for t in asked[key]] for at in plan if (key := "x".join(map(str, at))) in asked}
+        plan = named if args.only else plan | named
+    anywhere = sorted(rule_anywhere() - checked_before(args.known))[part::parts] if args.rule else []
+    texts = sorted({str(c) for chosen in plan.values() for c in chosen} | set(anywhere))
     log(len(texts), "configurations,", sum(map(len, plan.values())), "measurements")
     peers = [p for p in PEERS if p.name in PEER_NAMES and p.available(args.peers)]
-    shapes = dict.fromkeys([*nks, *unseen], ms)
+    shapes = {(n, k): [m for m in ms if (m, n, k) in plan] for n, k in [*nks, *unseen]}
     verdicts = prepare(texts, peers, args.peers, shapes, args.prepare, args.workers)
     bad = {t: v for t, v in verdicts.items() if v}
     log("checked; bad:", json.dumps(bad)[:2000])
+    limits = ceilings() | empty_launches()
     out = {"environment": environment(), "kernels": kernels_version(), "bad": bad,
-           "checked": sorted(set(texts) - set(bad)), "ceilings": ceilings(), "dispatch": dispatch()}  # fmt: skip
+           "checked": sorted(set(texts) - set(bad)), "ceilings": limits, "dispatch": dispatch()}  # fmt: skip
     log(json.dumps(out["ceilings"]), json.dumps(out["dispatch"]))
     rows: list[Row] = []
     for n, k in [*nks, *unseen]:
-        for m in ms:
+        for m in shapes[n, k]:
             if time.time() - START > args.budget:
                 log("out of time at", m, n, k)
                 break
@@ -207,9 +212,16 @@ def save(folder: pathlib.Path, chip: str, out: dict[str, object], rows: list[Row
     (folder / f"{chip}.json").write_text(json.dumps(shipped(rows), indent=1) + "\n")
 
 
+def checked_before(reports: list[pathlib.Path]) -> set[str]:
+    """The configurations that were right in these reports, where they were of the same kernels."""
+    found = [json.loads(path.read_text()) for path in reports]
+    return {text for report in found if report["kernels"] == kernels_version() for text in report["checked"]}
+
+
 def rule_anywhere() -> set[str]:
     """What the rule gives over a grid of shapes far wider than the report's: checked, not timed."""
-    return {str(by_rule(m, n, k, sm_count())) for n in RULE_N for k in RULE_K for m in RULE_M}
+    shapes = [(m, n, k) for n in RULE_N for k in RULE_K for m in RULE_M]
+    return {str(by_rule(*at, sm_count(), out_bytes)) for at in shapes for out_bytes in (2, 4)}
 
 
 def environment() -> dict[str, str]:
@@ -231,6 +243,8 @@ def main() -> None:
     parser.add_argument("--nk", default="")
     parser.add_argument("--m", default="")
     parser.add_argument("--configs", default="")
+    parser.add_argument("--only", action="store_true", help="no shapes but those that --configs names")
+    parser.add_argument("--known", type=pathlib.Path, nargs="*", default=[], help="reports of earlier checks")
     parser.add_argument("--part", default="0/1", help="measure the I-th of P parts of the weight shapes: I/P")
     parser.add_argument("--prepare", type=float, default=130.0, help="seconds for compiling and checking")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no shape is begun")

@@ -24,8 +24,11 @@ def merge(reports: list[dict]) -> dict:
     order = [(n, k, m) for n, k in (*NK, *UNSEEN) for m in M]
     runs = sum(report.get("runs", 1) for report in reports)
     merged = dict(reports[-1], runs=runs, rows=[rows[at] for at in order if at in rows])
-    merged["bad"] = {text: why for report in reports for text, why in report["bad"].items()}
-    merged["checked"] = sorted({text for report in reports for text in report["checked"]})
+    right = {text for report in reports for text in report["checked"]}
+    merged["checked"] = sorted(right)
+    # what one run did not reach, and another found right, is right; a fault stays one
+    merged["bad"] = {text: why for report in reports for text, why in report["bad"].items()
+                     if why != "not reached" or text not in right}  # fmt: skip
     return merged
 
 

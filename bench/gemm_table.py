@@ -108,7 +108,8 @@ def markdown(out: dict) -> str:
         f"{env['device']}, torch {env['torch']}, triton {env['triton']}, CUDA {env['cuda']}. CUDA graphs, operands rotated "  # noqa: E501
         f"past L2, replays interleaved, medians; {out.get('runs', 1)} runs, all of a row in one. Written by `python bench/gemm.py`.",  # noqa: E501
         "",
-        "Ceilings measured: " + ", ".join(f"{k} {v:.0f}" for k, v in out["ceilings"].items()) + ".",
+        "Ceilings measured: "
+        + ", ".join(f"{k} {v:.{2 if k.endswith('_us') else 0}f}" for k, v in out["ceilings"].items()) + ".",
         "Host microseconds of an eager call (1x1536x7168): "
         + ", ".join(f"{k} {v}" for k, v in out["dispatch"].items()) + ".",
         "",

@@ -53,7 +53,8 @@ def main(names: list[str]) -> None:
         else:
             config = parse(name)
             few = not isinstance(config, Wide) or config.groups == 1  # a box of 16 rows of x
-            case = Case(9 if few else 130, 192, 512)
+            blocks = config.step * max(4 // config.step, 1 if isinstance(config, Wide) else 2 * config.split)
+            case = Case(9 if few else 130, 192, 128 * blocks)
             x, w, y = case.operands(0)
             print(name, check(launch(x, w, None, y, config, sms).run, case) or "right", flush=True)
 

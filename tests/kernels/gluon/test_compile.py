@@ -10,10 +10,13 @@ pytest.importorskip("triton", minversion="3.6")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from aot import compile_for_hopper
-from blockscale.kernels.gluon import quantize, swap, tables, wide
+from blockscale.formats import get_format
+from blockscale.kernels.gluon import gemm, quantize, swap, tables, wide
 from blockscale.kernels.gluon.config import Config, Wide, parse
 from blockscale.kernels.gluon.launch import Launch
 from blockscale.kernels.gluon.selection import by_rule
+from blockscale.reference import quantize as quantize_tensor
+from blockscale.tensor import BlockScaled
 
 BF16 = torch.bfloat16
 
@@ -26,6 +29,10 @@ def launch(config: Config, m: int, n: int, k: int, out: torch.dtype = BF16, e8m0
     if isinstance(config, Wide):
         return wide.launch(*operands, config, 132)
     return swap.launch(*operands, config, 132)
+
+
+def quantized(rows: int, k: int, fmt: str) -> BlockScaled:
+    return quantize_tensor(torch.ones(rows, k), get_format(fmt))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,13 @@ def test_the_quantizer_compiles_to_saturating_fp8_casts() -> None:
     data, scale = torch.empty(5, 320, dtype=torch.float8_e4m3fn), torch.empty(3, 8)
     compiled = compile_for_hopper(quantize.launch(torch.zeros(5, 320, dtype=BF16), data, scale, True, 1e-10))
     assert "cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]
+
+
+def test_a_launch_refuses_a_split_larger_than_k() -> None:
+    x, w = quantized(9, 512, "fp8_1x128"), quantized(192, 512, "fp8_128x128")
+    y = torch.empty(9, 192, dtype=BF16)
+    with pytest.raises(ValueError, match=r"launch: K=512 has 2 steps, swap-16-g1-k6-x2-s2 needs 6 or more"):
+        gemm.launch(gemm.tma_scales(x), w, None, y, parse("swap-16-g1-k6-x2-s2"), 132)
 
 
 def _chosen() -> list[tuple[str, tuple[int, int, int]]]:

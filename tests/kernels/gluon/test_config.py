@@ -45,17 +45,23 @@ def test_pieces_and_staging(config: Wide, pieces: tuple[int, int], units: tuple[
 
 
 @pytest.mark.parametrize(
-    ("config", "m", "rows"),
+    ("config", "m", "rows", "boxes"),
     [
-        (Wide(64, groups=1), 1, 8),
-        (Wide(64, groups=1), 17, 32),
-        (Wide(64, groups=1), 200, 64),
-        (Wide(64, groups=2), 65, 128),
-        (Wide(128, groups=3), 8, 64),  # boxes of 64 rows, whatever there is: 192 is no power of two
+        (Wide(64, groups=1), 1, 8, 1),
+        (Wide(64, groups=1), 17, 32, 1),
+        (Wide(64, groups=1), 40, 16, 4),  # three are asked for
+        (Wide(64, groups=1), 64, 64, 1),
+        (Wide(64, groups=1), 200, 16, 4),
+        (Wide(64, groups=2), 20, 32, 1),
+        (Wide(64, groups=2), 65, 32, 4),
+        (Wide(64, groups=2), 512, 128, 1),
+        (Wide(64, groups=2), 520, 32, 4),
+        (Wide(128, groups=3), 8, 64, 1),  # boxes of 64 rows, whatever there is: 192 is no power of two
+        (Wide(128, groups=3), 4096, 64, 3),
     ],
 )
-def test_x_comes_in_boxes_as_high_as_there_are_tokens(config: Wide, m: int, rows: int) -> None:
-    assert config.x_rows(m) == rows
+def test_x_comes_in_boxes_that_hold_few_rows_that_are_not_there(config: Wide, m: int, rows: int, boxes: int) -> None:
+    assert (config.x_rows(m), config.x_boxes(m)) == (rows, boxes)
 
 
 @pytest.mark.parametrize("per_sm", [1, 2, 3, 4])

@@ -28,7 +28,7 @@ def heuristic(problem: Problem, m: int, sm_count: int, chip: str = "") -> Config
 
     chip: the card whose measured table is asked first, as in `Platform.value("chip")`; "" asks none.
     """
-    return choose(m, problem.n, problem.k, sm_count, chip)
+    return choose(m, problem.n, problem.k, sm_count, chip, problem.out_dtype.itemsize)
 
 
 class _Gluon:
@@ -56,10 +56,11 @@ class _Gluon:
         """What it would launch, at some M that it serves, and which table's row or rule says so."""
         low, high = self.m_range
         sm_count, chip = int(platform.value("sms") or 132), platform.value("chip") or ""
+        out_bytes = problem.out_dtype.itemsize
         for m in _SHOWN_ROWS:
             if low <= m and (high is None or m <= high):
-                config = choose(m, problem.n, problem.k, sm_count, chip)
-                yield f"M={m}: {config} ({entry(m, problem.n, problem.k, chip)})"
+                config = heuristic(problem, m, sm_count, chip)
+                yield f"M={m}: {config} ({entry(m, problem.n, problem.k, chip, out_bytes)})"
 
     def _activations(self, act: Format | None) -> Iterator[str]:
         if act is None:

@@ -107,9 +107,18 @@ class Wide:
         return self.together or (16 if self.bn >= 128 * self.groups else 8)
 
     def x_rows(self, m: int) -> int:
-        """Rows of x that one TMA request brings: no more than there are, for TMA writes every row that it is asked for.
+        """Rows of x that one TMA request brings: few that are not there, for TMA writes every row that it is asked for.
         wgmma multiplies what lies in the others all the same, and those rows of y are dropped."""
-        return 64 if self.groups == 3 else min(64 * self.groups, max(8, 1 << (m - 1).bit_length()))
+        rows = 64 * self.groups
+        if self.groups == 3:
+            return 64
+        if m <= 32:
+            return max(8, 1 << (m - 1).bit_length())
+        return rows if m % rows == 0 else rows // 4
+
+    def x_boxes(self, m: int) -> int:
+        """Most requests for the x of a tile; of the last row of tiles those alone are made that there are rows for."""
+        return 1 if m <= self.x_rows(m) else 64 * self.groups // self.x_rows(m)
 
     def tiles(self, m: int, n: int) -> int:
         return ceil_div(m, 64 * self.groups) * ceil_div(n, self.bn)

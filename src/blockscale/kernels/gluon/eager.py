@@ -137,7 +137,7 @@ def _scratch(device: torch.device, stream: int, size: int) -> Tensor | None:
 def _config(problem: Problem, x: Tensor) -> tuple[Config, int]:
     platform = detect(x.device)
     sms = int(platform.value("sms") or 132)
-    return choose(x.shape[0], problem.n, problem.k, sms, platform.value("chip") or ""), sms
+    return choose(x.shape[0], problem.n, problem.k, sms, platform.value("chip") or "", problem.out_dtype.itemsize), sms
 
 
 _device = getattr(torch._C, "_cuda_getDevice", None)

@@ -13,6 +13,7 @@ from ...tensor import BlockScaled
 from . import swap, wide
 from .config import Config, Wide, ceil_div
 from .launch import Launch
+from .selection import misfit
 
 
 def launch(
@@ -26,7 +27,11 @@ def launch(
     early: fetch weights while the kernel before still runs, where the configuration overlaps launches at all. Only when
     that kernel waits for its own predecessor before it lets this one start, as `quantize_kernel` and these GEMMs do:
     then whatever wrote the weights has ended.
+
+    Raises ValueError where the configuration does not fit K.
     """
+    if why := misfit(config, w.shape[1]):
+        raise ValueError(f"launch: {why}")
     e8m0 = w.scale.dtype == torch.float8_e8m0fnu  # its bytes are decoded in the kernel: triton knows no such dtype
     w_scale = w.scale.view(torch.uint8) if e8m0 else decode_scale(w.scale)
     operands = (x.data, x.scale, w.data, w_scale, bias, y)

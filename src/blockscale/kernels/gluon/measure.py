@@ -30,18 +30,21 @@ _CHECKED_ROWS = 96
 class Case:
     """Operands of one shape, in as many copies as it takes to leave L2. m, n, k: rows of x, rows and columns of w."""
 
-    def __init__(self, m: int, n: int, k: int, device: torch.device | str = "cuda", seed: int = 0) -> None:
+    def __init__(
+        self, m: int, n: int, k: int, device: torch.device | str = "cuda", seed: int = 0,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         self.m, self.n, self.k = m, n, k
         random = torch.Generator(device=device).manual_seed(seed + m + 7 * n + 31 * k)
         w = _varied(n, k, random) * 0.05
         x = _varied(m, k, random)
         self.w = reference.quantize(w, get_format("fp8_128x128"))
         self.x = convert(reference.quantize(x, get_format("fp8_1x128")), "tma")
-        size = n * k + m * k + 2 * m * n
+        size = n * k + m * k + out_dtype.itemsize * m * n
         self.copies = max(1, min(32, math.ceil(ROTATE_BYTES / size)))
         self.ws = [self.w, *(_clone(self.w) for _ in range(self.copies - 1))]
         self.xs = [self.x, *(_clone(self.x) for _ in range(min(self.copies, 4) - 1))]
-        self.ys = [torch.empty(m, n, device=device, dtype=torch.bfloat16) for _ in self.xs]
+        self.ys = [torch.empty(m, n, device=device, dtype=out_dtype) for _ in self.xs]
         rows = torch.arange(m, device=device)
         if m > _CHECKED_ROWS:
             inner = torch.randint(0, m, (_CHECKED_ROWS - 8,), device=device, generator=random)

@@ -14,10 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ...platform import detect
 from .config import Config, Wide, parse
+from .selection import misfit
 
 _START_SECONDS = 30.0  # until a worker has imported torch, with many starting at once
 _SILENT_SECONDS = 45.0
@@ -26,38 +28,50 @@ _SILENT_SECONDS = 45.0
 def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     """(m, n, k) that a configuration is checked on: ragged rows, columns and K, several tiles, cut tiles."""
     if isinstance(config, Wide):
-        shapes = [(64 * config.groups + 2, 576, 720), (200, 2112, 1024)]
-        if config.groups == 1:  # boxes of 8, 16 and 32 rows of x
-            shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720)]
+        rows = 64 * config.groups
+        shapes = [
+            (rows + 2, 576, 720),
+            (200, 2112, 1024),
+            (2 * rows, 576, 720),
+        ]  # the last: no request for x falls short
+        if config.groups == 1:  # boxes of 8, 16 and 32 rows of x; three of four boxes of 16
+            shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720), (48, 576, 720)]
         else:
             shapes += [(64, 768, 2048)]
     else:
         shapes = [(config.tokens // 2 + 1, 576, 720), (config.tokens, 2112, 1024), (1, 768, 2048)]
     for m, n, k in shapes:
-        blocks = -(-k // 128)
-        if blocks % config.step == 0 and (isinstance(config, Wide) or config.split <= blocks // config.step):
+        if not misfit(config, k):
             yield m, n, k
 
 
 def check_configs(texts: list[str]) -> None:
-    """Worker: a line of JSON for each configuration, [text, ""] when it is right on all its shapes."""
+    """Worker: a line of JSON for each configuration, [text, ""] when it is right on all its shapes.
+
+    On the first of them with fp32 results too, as partial sums over ranks are: other staging, fewer stages.
+    """
+    import torch
+
     from .gemm import launch
     from .measure import Case, check
 
     sms = int(detect("cuda").value("sms") or 0)
-    cases: dict[tuple[int, int, int], Case] = {}
+
+    @cache
+    def case(m: int, n: int, k: int, out: torch.dtype) -> Case:
+        return Case(m, n, k, out_dtype=out)
+
     for text in texts:
         config, verdict = parse(text), ""
-        for shape in ragged_shapes(config):
-            if shape not in cases:
-                cases[shape] = Case(*shape)
-            x, w, y = cases[shape].operands(0)
+        shapes = list(ragged_shapes(config))
+        for shape, out in [(shapes[0], torch.float32), *((shape, torch.bfloat16) for shape in shapes)]:
+            x, w, y = case(*shape, out).operands(0)
             try:
                 for early in (False, True):
-                    wrong = check(launch(x, w, None, y, config, sms, early=early).run, cases[shape])
-                    verdict = verdict or (f"{shape}: {wrong}" if wrong else "")
+                    wrong = check(launch(x, w, None, y, config, sms, early=early).run, case(*shape, out))
+                    verdict = verdict or (f"{shape} {out}: {wrong}" if wrong else "")
             except Exception as e:  # a configuration that does not compile is a finding, not a crash
-                verdict = f"{shape}: {type(e).__name__} {str(e)[:200]}"
+                verdict = f"{shape} {out}: {type(e).__name__} {str(e)[:200]}"
         print("CHECK", json.dumps([text, verdict]), flush=True)
 
 
