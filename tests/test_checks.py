@@ -27,7 +27,7 @@ PLAIN = torch.ones(64, 256)
         (
             lambda: blockscale.masked_linear(X.view(2, 2, 256), W, ENDS.double()),
             DtypeError,
-            "masked_linear: counts needs int32",
+            "masked_linear: counts needs",
         ),
         (
             lambda: blockscale.masked_linear(X.int().view(2, 2, 256), W, ENDS),
