@@ -13,6 +13,7 @@ from .errors import DtypeError, ShapeError
 from .tensor import BlockScaled
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS = {"grouped_linear": "offsets", "masked_linear": "counts", "gathered_linear": "ids"}
 _Shape = torch.Size | tuple[int, ...]
 
 
@@ -85,8 +86,8 @@ def gathered(x: _Shape, w: BlockScaled, ids: Tensor) -> None:
 
 
 def where(op: str, x: Tensor, rows: Tensor) -> None:
-    """Offsets, counts or ids: which rows of x meet which expert."""
+    """Which rows of x meet which expert: offsets, counts or ids."""
     if rows.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(f"{op}: offsets, counts or ids need int32, got {rows.dtype}")
+        raise DtypeError(f"{op}: {_ROWS[op]} needs int32, got {rows.dtype}")
     if rows.device != x.device:
-        raise DtypeError(f"{op}: x is on {x.device}, its offsets, counts or ids on {rows.device}")
+        raise DtypeError(f"{op}: x is on {x.device}, {_ROWS[op]} on {rows.device}")

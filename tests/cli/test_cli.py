@@ -170,6 +170,13 @@ def test_a_terminal_without_unicode_loses_no_result():
     assert "need kind[:arch][+feature[=value]]?" in done.stderr
 
 
+def test_a_text_that_is_none(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    told = run("verify", "/a", "/b", "--logits", "--text", str(tmp_path / "text")).exception
+    assert isinstance(told, blockscale.BlockscaleError)
+    assert str(told).startswith(f"{tmp_path}/text: needs text in UTF-8")
+
+
 def test_version():
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"{blockscale.__version__}\n")

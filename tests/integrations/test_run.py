@@ -1,6 +1,7 @@
 """`blockscale run`: text and figures from a tiny checkpoint with a real tokenizer format."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,28 @@ def test_text_streams_and_figures_follow(checkpoint):
 def test_an_unknown_policy_is_refused_with_the_near_names(checkpoint):
     result = CliRunner().invoke(app, ["run", str(checkpoint), "w5", "--numerics", "checkpont"])
     assert "did you mean 'checkpoint'" in str(result.exception)
+
+
+def test_a_chat_goes_through_the_template(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "chat")
+    template = "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}{% if add_generation_prompt %} w3{% endif %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    ask = (tmp_path / "chat", "w5 w6", "--max-new-tokens", 2, "--json")
+    plain, chat = json.loads(invoke(*ask)), json.loads(invoke(*ask, "--chat"))
+    assert (plain["prompt_tokens"], chat["prompt_tokens"]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "message"),
+    [
+        ("w5", ["--chat"], "--chat needs a chat template, the tokenizer has none"),
+        ("", [], "needs a prompt of at least one token, got ''"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued(checkpoint, prompt, more, message):
+    told = CliRunner().invoke(app, ["run", str(checkpoint), prompt, *more]).exception
+    assert isinstance(told, BlockscaleError)
+    assert message in str(told)
 
 
 def test_bench_model_needs_no_tokenizer(checkpoint, tmp_path):

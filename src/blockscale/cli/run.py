@@ -74,13 +74,9 @@ def run(
     """
     load, measure = integration()
     tokenizer = _tokenizer(checkpoint)
+    ids = _ids(checkpoint, tokenizer, prompt, chat)
     where = device if parallel is None else parallel.world.device
     model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=where, parallel=parallel)
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
-    else:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
     text = _Text(tokenizer, stream)
     try:
         timing = measure.generate(model, ids, max_new_tokens, on_token=text.add)
@@ -127,6 +123,21 @@ def _tokenizer(checkpoint: Path) -> Any:
         raise BlockscaleError(
             f"{checkpoint}: no tokenizer that transformers can read ({why}); `blockscale bench model` needs none"
         ) from e
+
+
+def _ids(checkpoint: Path, tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids `[1, tokens]` of the prompt. Before the model is loaded, so that what is wrong is said at once."""
+    if chat and not tokenizer.chat_template:
+        raise BlockscaleError(f"{checkpoint}: --chat needs a chat template, the tokenizer has none")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+    else:
+        found = tokenizer(prompt, return_tensors="pt").input_ids
+    if not found.numel():
+        raise BlockscaleError(f"{checkpoint}: needs a prompt of at least one token, got {prompt!r}")
+    ids: torch.Tensor = found
+    return ids
 
 
 class _Text:

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         """
         if logits and text is None:
             raise BlockscaleError("verify: --logits needs --text FILE")
-        said = text.read_text(encoding="utf-8") if logits and text is not None else None
+        said = _read(text) if logits and text is not None else None
         report = compare_checkpoints(a, b)
         report["allowed_error"] = max_error or 0.0
         report["passed"] = not report["structure"] and report["max_relative_error"] <= report["allowed_error"]
@@ -49,6 +49,13 @@ def register(app: typer.Typer) -> None:
             _show(report)
         if not report["passed"]:
             raise typer.Exit(1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise BlockscaleError(f"{path}: needs text in UTF-8: {e}") from e
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ class DenseLinear(nn.Linear):
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = (x, self.weight, self.bias)
-        if x.dtype != self.weight.dtype or gradients.wanted(*operands) or gradients.has_tangent(*operands):
+        weight, bias = self.weight, self.bias  # once: a module finds its parameters slowly
+        if x.dtype != weight.dtype or gradients.wanted(x, weight, bias) or gradients.has_tangent(x, weight, bias):
             return super().forward(x)
-        return shortcut.dense_linear(x, self.weight, self.bias, "")
+        return shortcut.dense_linear(x, weight, bias, "")
 
     def plan(self, x_dtype: torch.dtype | None = None, platform: Platform | None = None) -> Plan:
         """Which kernels serve this layer, by M."""
