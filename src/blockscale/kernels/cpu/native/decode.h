@@ -11,13 +11,25 @@
 
 namespace BLOCKSCALE_ISA {
 
+// 16-bit lanes: their even bytes, with the sign, shifted left by N.
+template <int N>
+INLINE I even_bytes(I v) {
+#if defined(__AVX512BW__)
+  return bits<I>(_mm512_maddubs_epi16(_mm512_set1_epi16(1 << N), bits<__m512i>(v)));
+#elif defined(__AVX2__)
+  return bits<I>(_mm256_maddubs_epi16(_mm256_set1_epi16(1 << N), bits<__m256i>(v)));
+#else
+  return bits<I>((bits<H>(v) << 8) >> (8 - N));
+#endif
+}
+
 struct E4M3 {
   static constexpr int E = 4, kMantissa = 3, kBias = 7;
   static constexpr int kUnit = 127 - kBias;
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x87F00000);
     I odd = bits<I>(bits<H>(v) >> 4);  // 16-bit lanes: bytes 1 and 3, shifted with their sign
-    I even = bits<I>((bits<H>(v) << 8) >> 4);
+    I even = even_bytes<4>(v);
     out[0] = bits<F>((even << 16) & mask);
     out[1] = bits<F>((odd << 16) & mask);
     out[2] = bits<F>(even & mask);
@@ -33,7 +45,7 @@ struct E5M2 {
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x8FE00000);
     I odd = bits<I>(bits<H>(v) >> 3);
-    I even = bits<I>((bits<H>(v) << 8) >> 3);
+    I even = even_bytes<5>(v);
     out[0] = bits<F>((even << 16) & mask);
     out[1] = bits<F>((odd << 16) & mask);
     out[2] = bits<F>(even & mask);

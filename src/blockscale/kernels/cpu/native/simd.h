@@ -41,6 +41,9 @@ constexpr bool kManyRegisters = false;
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 #endif
 
+// Makes the compiler forget what it has loaded from there: loading again is better than running out of registers.
+#define LOAD_AGAIN(pointer) __asm__ volatile("" : "+r"(pointer))
+
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
