@@ -32,26 +32,29 @@ struct Cut {
 
 constexpr int64_t kPanel = 1024;  // columns of K at a time
 
-// A few decoded rows of a panel, as a Way lays them out.
+// A few rows of a panel, decoded by a Way.
 struct Decoded {
-  float* b;       // [rows, ldb]
-  int64_t ldb;    // odd in cache lines, as the stride of x
-  float* scale;   // [rows, kPanel / kGroup], for Pairs
+  float* b;      // [rows, kStride]
+  float* scale;  // [rows, kPanelGroups], for Pairs
 };
+constexpr int64_t kPanelGroups = kPanel / kGroup;
+template <int kColumns>
+constexpr int64_t kStride = kPanel / kColumns + 16;  // odd in cache lines, as the stride of x
 
 template <class Way>
 static void gemm(const LinearSpec& spec, const LinearCall& call) {
   typedef typename Way::D D;
+  constexpr int64_t ldb = kStride<Way::kColumns>;
   Weight<D> w(spec, call);
   const Prepared x = prepare<typename Way::A>(spec, call, 0);
   const Cut cut(call.m, w.n);
   w.rows_at_once = cut.decoded;
-  const int64_t panel = kPanel / kChunk<D>, ldb = kPanel / Way::kColumns + 16, groups = kPanel / kGroup;
+  const int64_t panel = kPanel / kChunk<D>;
   parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {
     static thread_local Scratch scale_memory, tile_memory, sum_memory;
     ScaleRows<Weight<D>> scales(w, w.block_rows, scale_memory);
-    float* b = tile_memory.get<float>(cut.decoded * (ldb + groups));
-    const Decoded tile = {b, ldb, b + cut.decoded * ldb};
+    float* b = tile_memory.get<float>(cut.decoded * (ldb + kPanelGroups));
+    const Decoded tile = {b, b + cut.decoded * ldb};
     float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
     const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n);
     const int64_t m0 = task / cut.tiles_n * cut.tile_m, rows = least(call.m - m0, cut.tile_m);

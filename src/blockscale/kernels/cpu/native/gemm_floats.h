@@ -7,7 +7,8 @@ namespace BLOCKSCALE_ISA {
 
 // c[MR, 4] += a[MR, k] @ b[4, k].T
 template <int MR>
-NOINLINE static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
+NOINLINE static void multiply(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k) {
+  constexpr int64_t ldb = kStride<1>;
   F sum[MR][kTileN];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) sum[i][j] = F{};
   for (int64_t p = 0; p < k; p += W) {
@@ -33,10 +34,12 @@ struct Floats {
   static constexpr int kColumns = 1;  // of K in 32 bits
 
   static void decode(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
-                     const Decoded& to, int64_t i) {
-    dequantize_row(w, row, scale, c0, c1, to.b + i * to.ldb);
+                     const Decoded& tile, int64_t i) {
+    dequantize_row(w, row, scale, c0, c1, tile.b + i * kStride<1>);
   }
-  static void decode_nothing(const Decoded& to, int64_t i) { memset(to.b + i * to.ldb, 0, to.ldb * 4); }
+  static void decode_nothing(const Decoded& tile, int64_t i) {
+    memset(tile.b + i * kStride<1>, 0, kStride<1> * 4);
+  }
 
   // c[rows, cols] += rows m0 ... of x times `cols` decoded rows, over chunks [c0, c1) of K
   static void multiply(const Prepared& x, int64_t m0, int64_t rows, int64_t c0, int64_t c1, const Decoded& tile,
@@ -48,7 +51,7 @@ struct Floats {
       take = share(rows - m, kTileM);
       for (int64_t j = 0; j < cols; j += kTileN) {
         auto rows_of_x = [&](auto multiply) {
-          multiply(a + m * x.stride, x.stride, tile.b + j * tile.ldb, tile.ldb, c + m * ldc + j, ldc, k);
+          multiply(a + m * x.stride, x.stride, tile.b + j * kStride<1>, c + m * ldc + j, ldc, k);
         };
         if constexpr (kTileM == 6) {
           if (take == 6) rows_of_x(BLOCKSCALE_ISA::multiply<6>);

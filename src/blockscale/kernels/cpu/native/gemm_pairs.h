@@ -8,8 +8,8 @@ namespace BLOCKSCALE_ISA {
 // c[MR, 4] += sums over groups of a[MR, k] @ b[4, k].T, each times its scales. shared: the rows of b have the same ones.
 template <class A, int MR>
 NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale, const float* b,
-                           int64_t ldb, const float* b_scale, int64_t ldb_scale, float* c, int64_t ldc, int64_t groups,
-                           bool shared) {
+                                    const float* b_scale, float* c, int64_t ldc, int64_t groups, bool shared) {
+  constexpr int64_t ldb = kStride<2>;
   constexpr int kSteps = kGroup / (2 * W);
   F total[MR][kTileN];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) total[i][j] = F{};
@@ -40,7 +40,7 @@ NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_
     } else {
       UNROLL for (int i = 0; i < MR; i++)
         UNROLL for (int j = 0; j < kTileN; j++)
-          total[i][j] += A::value(sum[i][j]) * splat(a_scale[i * lda_scale + g] * b_scale[j * ldb_scale + g]);
+          total[i][j] += A::value(sum[i][j]) * splat(a_scale[i * lda_scale + g] * b_scale[j * kPanelGroups + g]);
     }
   }
   UNROLL for (int i = 0; i < MR; i++)
@@ -59,13 +59,12 @@ struct Pairs {
   typedef Arithmetic A;
   typedef typename A::D D;
   static constexpr int kColumns = 2;  // of K in 32 bits
-  static constexpr int64_t kGroups = kPanel / kGroup;
 
   // Chunks [c0, c1) of a row, and the scale of each group of columns: NaN where the pairs cannot hold a weight.
   static void decode(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
                      const Decoded& tile, int64_t i) {
     constexpr int64_t C = kChunk<D>, B = 4 * W, G = kGroup / C;
-    float *to = tile.b + i * tile.ldb, *group_scale = tile.scale + i * kGroups;
+    float *to = tile.b + i * kStride<2>, *group_scale = tile.scale + i * kPanelGroups;
     const auto chunk = [&](I v) __attribute__((always_inline)) {
       I b[2];
       A::decode(v, b);
@@ -87,8 +86,8 @@ struct Pairs {
     for (int64_t c = c1; c % G; c++) chunk(I{});  // to a whole group
   }
   static void decode_nothing(const Decoded& tile, int64_t i) {
-    memset(tile.b + i * tile.ldb, 0, tile.ldb * 4);
-    memset(tile.scale + i * kGroups, 0, kGroups * 4);
+    memset(tile.b + i * kStride<2>, 0, kStride<2> * 4);
+    memset(tile.scale + i * kPanelGroups, 0, kPanelGroups * 4);
   }
 
   // c[rows, cols] += rows m0 ... of x times `cols` decoded rows, over chunks [c0, c1) of K
@@ -101,12 +100,12 @@ struct Pairs {
     for (int64_t block = 0, height; block < rows; block += height) {
       height = share(rows - block, 3 * kTileM);
       for (int64_t j = 0; j < cols; j += kTileN) {
-        const float *b = tile.b + j * tile.ldb, *b_scale = tile.scale + j * kGroups;
-        const bool shared = same_rows(b_scale, kGroups, groups);
+        const float *b = tile.b + j * kStride<2>, *b_scale = tile.scale + j * kPanelGroups;
+        const bool shared = same_rows(b_scale, kPanelGroups, groups);
         for (int64_t m = block, take; m < block + height; m += take) {
           take = share(block + height - m, kTileM);
           auto rows_of_x = [&](auto multiply) {
-            multiply(a + m * x.stride, x.stride, a_scale + m * x.groups, x.groups, b, tile.ldb, b_scale, kGroups,
+            multiply(a + m * x.stride, x.stride, a_scale + m * x.groups, x.groups, b, b_scale,
                      c + m * ldc + j, ldc, groups, shared);
           };
           if (take == kTileM) rows_of_x(multiply_pairs<A, kTileM>);
