@@ -13,15 +13,16 @@ namespace BLOCKSCALE_ISA {
 struct Unwatched { static constexpr int kSpecial = 0; };
 
 // fp32 times fp32. The weights come 2^kUnit too small, and x that much too large.
-template <class Element>
+template <class Element, bool kMultiply = true>
 struct Single {
   typedef Element D;
+  typedef Single<Element, W != 8> Crowded;  // the same with a register less, which AVX2 is short of
   typedef Element Watched;  // whose special codes `decode` gets wrong
   typedef F V;
   typedef F Sum;
   static constexpr int kVectors = D::E;
   static constexpr bool kPairs = false, kIntegers = false;
-  INLINE void decode(I v, F (&out)[kVectors]) { D::decode(v, out); }
+  INLINE void decode(I v, F (&out)[kVectors]) { D::template decode<kMultiply>(v, out); }
   INLINE F add(F sum, F w, F x) { return sum + w * x; }
   INLINE F value(F sum) { return sum; }
   INLINE void arrange(const float* row, float* to) {
@@ -39,6 +40,7 @@ struct Single {
 template <class Element>
 struct Bf16Pairs {
   typedef Element D;
+  typedef Bf16Pairs Crowded;
   typedef Unwatched Watched;  // the table below is right for every byte
   typedef I V;
   typedef F Sum;

@@ -7,23 +7,24 @@ namespace BLOCKSCALE_ISA {
 
 constexpr int kGemvRows = 4;
 
-// How the weight comes from memory. Processors read ahead best what is one stream.
+// How a weight comes from memory. Processors read ahead best what is a single stream, but then x must
+// stay in L1 beside it. Rows side by side share the loads of x, yet are a stream each.
 enum Stream {
-  kOneRow,   // rows one after the other, left to the processor: x must stay in L1 beside them
-  kFewRows,  // short rows side by side, the next ones on the way into L1, in the order of memory
+  kOneRow,   // one row after the other, which the processor reads ahead by itself
+  kFewRows,  // short rows side by side; the next ones come into L1 in the order of memory, as one stream
   kFarRows,  // rows side by side, each on its way into L2
 };
 template <int M, int R>
 INLINE Stream stream_of(int64_t row_bytes, int64_t k) {
   constexpr int64_t kL1 = 32 << 10;
-  if (M > 1 || kManyRegisters) return kFarRows;
-  if (4 * k + 2 * R * row_bytes <= kL1 * 5 / 8) return kFewRows;
-  return 4 * k <= kL1 / 2 ? kOneRow : kFarRows;
+  const int64_t x_bytes = 4 * k, two_groups = 2 * R * row_bytes;
+  if (x_bytes + two_groups <= kL1 * 5 / 8) return kFewRows;
+  return M == 1 && x_bytes <= kL1 / 2 ? kOneRow : kFarRows;
 }
 
 // Rows of the weight in flight for M rows of x: more share the loads of x, fewer leave registers for the sums.
 template <int M>
-constexpr int rows_at_once() { return !kManyRegisters ? (M <= 2 ? 4 : 2) : M == 1 ? 8 : M == 2 ? 4 : 2; }
+constexpr int rows_at_once() { return !kManyRegisters ? 4 : M == 1 ? 8 : M == 2 ? 4 : 2; }
 template <int N>
 struct Count { static constexpr int value = N; };
 
@@ -74,7 +75,7 @@ INLINE void accumulate(const Weight<typename A::D>& w, const uint8_t* const* row
   typedef typename A::Sum Sum;
   constexpr int64_t B = 4 * W, kStretch = S * B;  // bytes of a chunk and of those that are summed
   constexpr bool kHold = kManyRegisters && M * A::kVectors <= 4;  // x in registers, while R rows pass by
-  constexpr int kChains = M * R == 1 ? A::kVectors : 1;  // sums of one number: an addition waits for the last in its chain
+  constexpr int kChains = M * R == 1 ? A::kVectors : 1;  // of sums side by side: an addition waits for its chain's last
   const int64_t stretches = (w.chunks + S - 1) / S, full = w.full_chunks / S;
   const float* xc = x.x;
   for (int64_t g = 0; g < stretches; g++) {
@@ -93,7 +94,7 @@ INLINE void accumulate(const Weight<typename A::D>& w, const uint8_t* const* row
         V b[A::kVectors];
         A::decode(v, b);
         const float* xr = xc;
-        if (M > 1 && !kManyRegisters) LOAD_AGAIN(xr);
+        if (M == 2 && !kManyRegisters) LOAD_AGAIN(xr);  // three rows and more spill anyway
         UNROLL for (int a = 0; a < M; a++)
           UNROLL for (int j = 0; j < A::kVectors; j++) {
             Sum& s = sum[a][r][j % kChains];
@@ -110,7 +111,7 @@ INLINE void accumulate(const Weight<typename A::D>& w, const uint8_t* const* row
         chunk([&](int r) __attribute__((always_inline)) {
           const bool line = c * B % 64 == 0 && (S > 1 || B >= 64 || g % (64 / B) == 0);
           if (kStream == kFarRows && line) prefetch(row[r] + ahead + c * B);
-          if (kStream == kFewRows && line) __builtin_prefetch(next + R * c * B + 64 * r, 0, 3);
+          if (kStream == kFewRows && line) prefetch_near(next + R * c * B + 64 * r);
           return load<I>(row[r] + at + c * B);
         });
     } else {  // the ragged end of the rows
@@ -136,18 +137,18 @@ static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* co
   UNROLL for (int r = 0; r < R; r++) row[r] = w.row(n + r);
   F total[M][R] = {};
   Watch<typename A::Watched> watch;
-  const Stream stream = stream_of<M, R>(w.row_bytes, w.k);
-  if constexpr (M == 1 && R > 1 && !kManyRegisters) {
-    if (stream == kOneRow)
-      for (int r = 0; r < R; r++) {
-        F one[M][1] = {};
-        accumulate<A, M, 1, S, kOneRow>(w, row + r, scale + r, x, one, watch);
-        total[0][r] = one[0][0];
-      }
-    else if (stream == kFewRows) accumulate<A, M, R, S, kFewRows>(w, row, scale, x, total, watch);
-    else accumulate<A, M, R, S, kFarRows>(w, row, scale, x, total, watch);
-  } else {
+  if constexpr (kManyRegisters || R == 1) {
     accumulate<A, M, R, S, R == 1 ? kOneRow : kFarRows>(w, row, scale, x, total, watch);
+  } else if (const Stream stream = stream_of<M, R>(w.row_bytes, w.k); M == 1 && stream == kOneRow) {
+    for (int r = 0; r < R; r++) {
+      F one[M][1] = {};
+      accumulate<A, M, 1, S, kOneRow>(w, row + r, scale + r, x, one, watch);
+      total[0][r] = one[0][0];
+    }
+  } else if (stream == kFewRows) {
+    accumulate<A, M, R, S, kFewRows>(w, row, scale, x, total, watch);
+  } else {
+    accumulate<A, M, R, S, kFarRows>(w, row, scale, x, total, watch);
   }
   UNROLL for (int a = 0; a < M; a++)
     UNROLL for (int r = 0; r < R; r += 4) {
@@ -200,8 +201,8 @@ static void gemv_of(const LinearSpec& spec, const LinearCall& call) {
   switch (call.m) {
     case 1: return gemv_rows_of_x<A, 1>(spec, call);
     case 2: return gemv_rows_of_x<A, 2>(spec, call);
-    case 3: return gemv_rows_of_x<A, 3>(spec, call);
-    default: return gemv_rows_of_x<A, 4>(spec, call);
+    case 3: return gemv_rows_of_x<typename A::Crowded, 3>(spec, call);
+    default: return gemv_rows_of_x<typename A::Crowded, 4>(spec, call);
   }
 }
 
