@@ -13,20 +13,23 @@ namespace BLOCKSCALE_ISA {
 struct Unwatched { static constexpr int kSpecial = 0; };
 
 // fp32 times fp32. The weights come 2^kUnit too small, and x that much too large.
-template <class Element>
+template <class Element, bool kMultiply = true>
 struct Single {
   typedef Element D;
+  typedef Single<Element, W != 8> Crowded;  // the same with a register less, which AVX2 is short of
   typedef Element Watched;  // whose special codes `decode` gets wrong
   typedef F V;
   typedef F Sum;
   static constexpr int kVectors = D::E;
   static constexpr bool kPairs = false, kIntegers = false;
-  INLINE void decode(I v, F (&out)[kVectors]) { D::decode(v, out); }
+  INLINE void decode(I v, F (&out)[kVectors]) { D::template decode<kMultiply>(v, out); }
   INLINE F add(F sum, F w, F x) { return sum + w * x; }
   INLINE F value(F sum) { return sum; }
   INLINE void arrange(const float* row, float* to) {
-    for (int j = 0; j < D::E; j++)
-      for (int i = 0; i < W; i++) to[j * W + i] = row[D::E * i + j];
+    F v[D::E];
+    UNROLL for (int j = 0; j < D::E; j++) v[j] = load<F>(row + j * W);
+    deal(v);
+    UNROLL for (int j = 0; j < D::E; j++) store(to + j * W, v[j]);
   }
 };
 
@@ -37,6 +40,7 @@ struct Single {
 template <class Element>
 struct Bf16Pairs {
   typedef Element D;
+  typedef Bf16Pairs Crowded;
   typedef Unwatched Watched;  // the table below is right for every byte
   typedef I V;
   typedef F Sum;
@@ -72,13 +76,15 @@ struct Bf16Pairs {
   }
   INLINE F add(F sum, I w, I x) { return bits<F>(_mm512_dpbf16_ps(bits<__m512>(sum), (__m512bh)w, (__m512bh)x)); }
   INLINE F value(F sum) { return sum; }
-  INLINE void arrange(const float* row, float* to) {
-    uint16_t codes[4 * W];
-    for (int i = 0; i < 4 * W; i++) codes[i] = to_bf16(row[i]);
-    for (int i = 0; i < W; i += 4) {  // the unpacking above works on 16 bytes at a time
-      memcpy(to + i, codes + 4 * i, 16);
-      memcpy(to + W + i, codes + 4 * i + 8, 16);
+  INLINE void arrange(const float* row, float* to) {  // of bf16 numbers
+    __m512i half[2];
+    for (int i = 0; i < 2; i++) {
+      const I a = load<I>(row + 2 * i * W) >> 16, b = load<I>(row + (2 * i + 1) * W) >> 16;
+      half[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(bits<__m512i>(a))),
+                                   _mm512_cvtepi32_epi16(bits<__m512i>(b)), 1);
     }
+    store(to, _mm512_shuffle_i64x2(half[0], half[1], 0x88));  // the unpacking above works on 16 bytes at a time
+    store(to + W, _mm512_shuffle_i64x2(half[0], half[1], 0xDD));
   }
 };
 #endif
@@ -116,9 +122,12 @@ struct Int16Pairs {
   }
   INLINE F value(I sum) { return __builtin_convertvector(sum, F); }
   INLINE void arrange(const float* row, float* to) {  // of whole numbers
-    for (int i = 0; i < 2 * W; i++) {  // pairs by turns to vector 0 and to vector 1
-      const uint32_t low = (uint32_t)(int32_t)row[2 * i] & 0xFFFF, high = (uint32_t)(int32_t)row[2 * i + 1];
-      to[i % 2 * W + i / 2] = bits<float>(low | high << 16);
+    F v[4];
+    UNROLL for (int j = 0; j < 4; j++) v[j] = load<F>(row + j * W);
+    deal(v);
+    UNROLL for (int j = 0; j < 2; j++) {
+      const I low = __builtin_convertvector(v[2 * j], I), high = __builtin_convertvector(v[2 * j + 1], I);
+      store(to + j * W, (low & 0xFFFF) | (high << 16));
     }
   }
 };

@@ -11,13 +11,26 @@
 
 namespace BLOCKSCALE_ISA {
 
+// 16-bit lanes: their even bytes, with the sign, shifted left by N. kMultiply: in one operation, whose factor needs a
+// register.
+template <int N, bool kMultiply>
+INLINE I even_bytes(I v) {
+#if defined(__AVX512BW__)
+  if (kMultiply) return bits<I>(_mm512_maddubs_epi16(_mm512_set1_epi16(1 << N), bits<__m512i>(v)));
+#elif defined(__AVX2__)
+  if (kMultiply) return bits<I>(_mm256_maddubs_epi16(_mm256_set1_epi16(1 << N), bits<__m256i>(v)));
+#endif
+  return bits<I>((bits<H>(v) << 8) >> (8 - N));
+}
+
 struct E4M3 {
   static constexpr int E = 4, kMantissa = 3, kBias = 7;
   static constexpr int kUnit = 127 - kBias;
+  template <bool kMultiply = true>
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x87F00000);
     I odd = bits<I>(bits<H>(v) >> 4);  // 16-bit lanes: bytes 1 and 3, shifted with their sign
-    I even = bits<I>((bits<H>(v) << 8) >> 4);
+    I even = even_bytes<4, kMultiply>(v);
     out[0] = bits<F>((even << 16) & mask);
     out[1] = bits<F>((odd << 16) & mask);
     out[2] = bits<F>(even & mask);
@@ -30,10 +43,11 @@ struct E4M3 {
 struct E5M2 {
   static constexpr int E = 4, kMantissa = 2, kBias = 15;
   static constexpr int kUnit = 127 - kBias;
+  template <bool kMultiply = true>
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x8FE00000);
     I odd = bits<I>(bits<H>(v) >> 3);
-    I even = bits<I>((bits<H>(v) << 8) >> 3);
+    I even = even_bytes<5, kMultiply>(v);
     out[0] = bits<F>((even << 16) & mask);
     out[1] = bits<F>((odd << 16) & mask);
     out[2] = bits<F>(even & mask);
@@ -46,6 +60,7 @@ struct E5M2 {
 struct E2M1 {  // two to a byte, the even column in the low nibble
   static constexpr int E = 8;
   static constexpr int kUnit = 126;
+  template <bool kMultiply = true>
   INLINE void decode(I v, F (&out)[E]) {
     const I mask = splat((int32_t)0x81C00000);
     UNROLL for (int j = 0; j < E; j++) out[j] = bits<F>(((v << (28 - 4 * j)) >> 6) & mask);

@@ -5,32 +5,11 @@
 
 namespace BLOCKSCALE_ISA {
 
-// Chunks [c0, c1) of a row as pairs, and the scale of each group of columns: NaN where the pairs cannot hold a weight.
-template <class A>
-static void decode_row(const Weight<typename A::D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
-                       float* to, float* group_scale) {
-  constexpr int64_t C = kChunk<typename A::D>, B = 4 * W, G = kGroup / C;
-  for (int64_t c = c0; c < c1; group_scale++) {
-    Watch<typename A::Watched> watch;
-    *group_scale = scale[c / w.span];
-    for (const int64_t end = least(c1, c + G); c < end; c++, to += 2 * W) {
-      prefetch(row + w.ahead(c * B));
-      const I v = load_part(row + c * B, w.row_bytes - c * B);
-      watch.see(v);
-      I b[2];
-      A::decode(v, b);
-      store(to, b[0]), store(to + W, b[1]);
-    }
-    if (watch.special()) *group_scale = bits<float>(0x7FC00000u);
-  }
-  for (int64_t c = c1; c % G; c++, to += 2 * W) store(to, F{}), store(to + W, F{});  // to a whole group
-}
-
 // c[MR, 4] += sums over groups of a[MR, k] @ b[4, k].T, each times its scales. shared: the rows of b have the same ones.
 template <class A, int MR>
 NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale, const float* b,
-                           int64_t ldb, const float* b_scale, int64_t ldb_scale, float* c, int64_t ldc, int64_t groups,
-                           bool shared) {
+                                    const float* b_scale, float* c, int64_t ldc, int64_t groups, bool shared) {
+  constexpr int64_t ldb = kStride<2>;
   constexpr int kSteps = kGroup / (2 * W);
   F total[MR][kTileN];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) total[i][j] = F{};
@@ -61,7 +40,7 @@ NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_
     } else {
       UNROLL for (int i = 0; i < MR; i++)
         UNROLL for (int j = 0; j < kTileN; j++)
-          total[i][j] += A::value(sum[i][j]) * splat(a_scale[i * lda_scale + g] * b_scale[j * ldb_scale + g]);
+          total[i][j] += A::value(sum[i][j]) * splat(a_scale[i * lda_scale + g] * b_scale[j * kPanelGroups + g]);
     }
   }
   UNROLL for (int i = 0; i < MR; i++)
@@ -75,56 +54,68 @@ INLINE bool same_rows(const float* scale, int64_t stride, int64_t count) {
   return true;
 }
 
-template <class A>
-static void gemm_pairs(const LinearSpec& spec, const LinearCall& call) {
+template <class Arithmetic>
+struct Pairs {
+  typedef Arithmetic A;
   typedef typename A::D D;
-  constexpr int kTileM = kManyRegisters ? 3 : 2;  // sums and totals; operands and products need kTileM + 2 more
-  Weight<D> w(spec, call);
-  const Prepared x = prepare<A>(spec, call, 0);
-  const Cut cut(call.m, w.n);
-  w.rows_at_once = cut.tile_n;
-  const int64_t panel = 1024 / kChunk<D>, panel_groups = 1024 / kGroup;  // chunks and groups of K at a time
-  const int64_t ldb = 1024 / 2 + 16;
-  parallel_for(cut.tasks(), (double)call.m * w.n * w.k, [&](int64_t task) {
-    static thread_local Scratch scale_memory, tile_memory, sum_memory;
-    ScaleRows<Weight<D>> scales(w, w.block_rows, scale_memory);
-    float* b = tile_memory.get<float>(cut.tile_n * (ldb + panel_groups));
-    float* b_scale = b + cut.tile_n * ldb;
-    float* c = sum_memory.get<float>(cut.tile_m * cut.tile_n);
-    const int64_t n0 = task % cut.tiles_n * cut.tile_n, n1 = least(w.n, n0 + cut.tile_n);
-    const int64_t cols = round_up(n1 - n0, kTileN);
-    const int64_t m0 = task / cut.tiles_n * cut.tile_m, rows = least(call.m - m0, cut.tile_m);
-    memset(c, 0, rows * cut.tile_n * 4);
-    memset(b + (n1 - n0) * ldb, 0, (cols - (n1 - n0)) * ldb * 4);
-    memset(b_scale + (n1 - n0) * panel_groups, 0, (cols - (n1 - n0)) * panel_groups * 4);
-    for (int64_t c0 = 0; c0 < w.chunks; c0 += panel) {
-      const int64_t c1 = least(w.chunks, c0 + panel), g0 = c0 * kChunk<D> / kGroup;
-      const int64_t groups = ((c1 - c0) * kChunk<D> + kGroup - 1) / kGroup;
-      for (int64_t n = n0; n < n1; n++)
-        decode_row<A>(w, w.row(n), scales.of(n), c0, c1, b + (n - n0) * ldb, b_scale + (n - n0) * panel_groups);
-      const float *xp = x.x + m0 * x.stride + c0 * kChunk<D> / 2, *xs = x.scale + m0 * x.groups + g0;
-      // A few rows of x stay in L1 while those of the weight pass by, from L2.
-      for (int64_t block = 0, height; block < rows; block += height) {
-        height = share(rows - block, 3 * kTileM);
-        for (int64_t j = 0; j < cols; j += kTileN) {
-          const float *bj = b + j * ldb, *bs = b_scale + j * panel_groups;
-          const bool shared = same_rows(bs, panel_groups, groups);
-          for (int64_t m = block, take; m < block + height; m += take) {
-            take = share(block + height - m, kTileM);
-            auto tile = [&](auto multiply) {
-              multiply(xp + m * x.stride, x.stride, xs + m * x.groups, x.groups, bj, ldb, bs, panel_groups,
-                       c + m * cut.tile_n + j, cut.tile_n, groups, shared);
-            };
-            if (take == kTileM) tile(multiply_pairs<A, kTileM>);
-            else if (take == 2) tile(multiply_pairs<A, 2>);
-            else tile(multiply_pairs<A, 1>);
-          }
+  static constexpr int kColumns = 2;  // of K in 32 bits
+
+  // Chunks [c0, c1) of a row, and the scale of each group of columns: NaN where the pairs cannot hold a weight.
+  static void decode(const Weight<D>& w, const uint8_t* row, const float* scale, int64_t c0, int64_t c1,
+                     const Decoded& tile, int64_t i) {
+    constexpr int64_t C = kChunk<D>, B = 4 * W, G = kGroup / C;
+    float *to = tile.b + i * kStride<2>, *group_scale = tile.scale + i * kPanelGroups;
+    const auto chunk = [&](I v) __attribute__((always_inline)) {
+      I b[2];
+      A::decode(v, b);
+      store(to, b[0]), store(to + W, b[1]);
+      to += 2 * W;
+    };
+    for (int64_t c = c0; c < c1; group_scale++) {
+      Watch<typename A::Watched> watch;
+      *group_scale = scale[c / w.span];
+      const int64_t ahead = w.ahead(c * B);
+      for (int64_t line = 0; line < G * B; line += 64) prefetch(row + ahead + line);
+      for (const int64_t end = least(c1, c + G); c < end; c++) {
+        const I v = load_part(row + c * B, w.row_bytes - c * B);
+        watch.see(v);
+        chunk(v);
+      }
+      if (watch.special()) *group_scale = bits<float>(0x7FC00000u);
+    }
+    for (int64_t c = c1; c % G; c++) chunk(I{});  // to a whole group
+  }
+  static void decode_nothing(const Decoded& tile, int64_t i) {
+    memset(tile.b + i * kStride<2>, 0, kStride<2> * 4);
+    memset(tile.scale + i * kPanelGroups, 0, kPanelGroups * 4);
+  }
+
+  // c[rows, cols] += rows m0 ... of x times `cols` decoded rows, over chunks [c0, c1) of K
+  static void multiply(const Prepared& x, int64_t m0, int64_t rows, int64_t c0, int64_t c1, const Decoded& tile,
+                       int64_t cols, float* c, int64_t ldc) {
+    constexpr int kTileM = kManyRegisters ? 3 : 2;  // sums and totals; operands and products need kTileM + 2 more
+    const int64_t k0 = c0 * kChunk<D>, groups = ((c1 - c0) * kChunk<D> + kGroup - 1) / kGroup;
+    const float *a = x.x + m0 * x.stride + k0 / 2, *a_scale = x.scale + m0 * x.groups + k0 / kGroup;
+    // A few rows of x stay in L1 while those of the weight pass by, from L2.
+    for (int64_t block = 0, height; block < rows; block += height) {
+      height = share(rows - block, 3 * kTileM);
+      for (int64_t j = 0; j < cols; j += kTileN) {
+        const float *b = tile.b + j * kStride<2>, *b_scale = tile.scale + j * kPanelGroups;
+        const bool shared = same_rows(b_scale, kPanelGroups, groups);
+        for (int64_t m = block, take; m < block + height; m += take) {
+          take = share(block + height - m, kTileM);
+          auto rows_of_x = [&](auto multiply) {
+            multiply(a + m * x.stride, x.stride, a_scale + m * x.groups, x.groups, b, b_scale,
+                     c + m * ldc + j, ldc, groups, shared);
+          };
+          if (take == kTileM) rows_of_x(multiply_pairs<A, kTileM>);
+          else if (take == 2) rows_of_x(multiply_pairs<A, 2>);
+          else rows_of_x(multiply_pairs<A, 1>);
         }
       }
     }
-    finish(spec, call, x, m0, rows, n0, n1 - n0, c, cut.tile_n);
-  });
-}
+  }
+};
 
 // Whether x and the weight have scales that fit groups of kGroup columns.
 INLINE bool in_groups(const LinearSpec& spec) {

@@ -7,6 +7,21 @@ namespace BLOCKSCALE_ISA {
 
 constexpr int kGemvRows = 4;
 
+// How a weight comes from memory. Processors read ahead best what is a single stream, but then x must
+// stay in L1 beside it. Rows side by side share the loads of x, yet are a stream each.
+enum Stream {
+  kOneRow,   // one row after the other, which the processor reads ahead by itself
+  kFewRows,  // short rows side by side; the next ones come into L1 in the order of memory, as one stream
+  kFarRows,  // rows side by side, each on its way into L2
+};
+template <int M, int R>
+INLINE Stream stream_of(int64_t row_bytes, int64_t k) {
+  constexpr int64_t kL1 = 32 << 10;
+  const int64_t x_bytes = 4 * k, two_groups = 2 * R * row_bytes;
+  if (x_bytes + two_groups <= kL1 * 5 / 8) return kFewRows;
+  return M == 1 && x_bytes <= kL1 / 2 ? kOneRow : kFarRows;
+}
+
 // Rows of the weight in flight for M rows of x: more share the loads of x, fewer leave registers for the sums.
 template <int M>
 constexpr int rows_at_once() { return !kManyRegisters ? 4 : M == 1 ? 8 : M == 2 ? 4 : 2; }
@@ -51,32 +66,21 @@ NOINLINE static void gemv_special(const Weight<typename A::D>& w, int64_t n, con
   }
 }
 
-// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result. S chunks at a time
-// are summed and then scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
-template <class A, int M, int R, int S>
-static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
-                      float (&out)[M][R]) {
+// Adds to total[a][r], lane by lane, R rows of the weight times M rows of x. S chunks at a time are summed and then
+// scaled: by scale[r][a, stretch] of Multipliers or, where blocks are narrower (S is 1), lane by lane.
+template <class A, int M, int R, int S, Stream kStream>
+INLINE void accumulate(const Weight<typename A::D>& w, const uint8_t* const* row, const float* const* scale,
+                       const Prepared& x, F (&total)[M][R], Watch<typename A::Watched>& watch) {
   typedef typename A::V V;
+  typedef typename A::Sum Sum;
   constexpr int64_t B = 4 * W, kStretch = S * B;  // bytes of a chunk and of those that are summed
   constexpr bool kHold = kManyRegisters && M * A::kVectors <= 4;  // x in registers, while R rows pass by
+  constexpr int kChains = M * R == 1 ? A::kVectors : 1;  // of sums side by side: an addition waits for its chain's last
   const int64_t stretches = (w.chunks + S - 1) / S, full = w.full_chunks / S;
-  const uint8_t* at[R];
-  UNROLL for (int r = 0; r < R; r++) at[r] = w.row(n + r);
-  uint8_t tail[R][kStretch];
-  F total[M][R] = {};
-  Watch<typename A::Watched> watch;
   const float* xc = x.x;
   for (int64_t g = 0; g < stretches; g++) {
-    if (g >= full)  // the ragged end of the rows, with zeros behind it
-      UNROLL for (int r = 0; r < R; r++) {
-        for (int64_t i = 0; i < kStretch; i += B) store(tail[r] + i, load_part(at[r] + i, w.row_bytes - g * kStretch - i));
-        at[r] = tail[r];
-      }
-    const int64_t ahead = w.ahead(g * kStretch) - g * kStretch;
-    typename A::Sum sum[M][R];
-    UNROLL for (int a = 0; a < M; a++) UNROLL for (int r = 0; r < R; r++) sum[a][r] = typename A::Sum{};
-    UNROLL for (int c = 0; c < S; c++, xc += A::kVectors * W) {
-      if (M == 1 && c && g * S + c >= w.chunks) break;  // more rows of x lose more by the branch than by the zeros
+    Sum sum[M][R][kChains] = {};
+    auto chunk = [&](auto read) __attribute__((always_inline)) {
       V held[M][A::kVectors];
       if (kHold)
         UNROLL for (int a = 0; a < M; a++)
@@ -85,22 +89,66 @@ static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* co
             IN_REGISTER(held[a][j]);
           }
       UNROLL for (int r = 0; r < R; r++) {
-        if (c * B % 64 == 0 && (S > 1 || B >= 64 || g % (64 / B) == 0)) prefetch(at[r] + ahead + c * B);
-        const I v = load<I>(at[r] + c * B);
+        const I v = read(r);
         watch.see(v);
         V b[A::kVectors];
         A::decode(v, b);
+        const float* xr = xc;
+        if (M == 2 && !kManyRegisters) LOAD_AGAIN(xr);  // three rows and more spill anyway
         UNROLL for (int a = 0; a < M; a++)
-          UNROLL for (int j = 0; j < A::kVectors; j++)
-            sum[a][r] = A::add(sum[a][r], b[j], kHold ? held[a][j] : load<V>(xc + a * x.stride + j * W));
+          UNROLL for (int j = 0; j < A::kVectors; j++) {
+            Sum& s = sum[a][r][j % kChains];
+            s = A::add(s, b[j], kHold ? held[a][j] : load<V>(xr + a * x.stride + j * W));
+          }
       }
+      xc += A::kVectors * W;
+    };
+    const int64_t at = g * kStretch;
+    if (g < full) {
+      const int64_t ahead = w.ahead(at);
+      const uint8_t* next = row[0] + R * (w.row_bytes + at);
+      UNROLL for (int c = 0; c < S; c++)
+        chunk([&](int r) __attribute__((always_inline)) {
+          const bool line = c * B % 64 == 0 && (S > 1 || B >= 64 || g % (64 / B) == 0);
+          if (kStream == kFarRows && line) prefetch(row[r] + ahead + c * B);
+          if (kStream == kFewRows && line) prefetch_near(next + R * c * B + 64 * r);
+          return load<I>(row[r] + at + c * B);
+        });
+    } else {  // the ragged end of the rows
+      for (int64_t c = g * S; c < w.chunks; c++)
+        chunk([&](int r) __attribute__((always_inline)) { return load_part(row[r] + c * B, w.row_bytes - c * B); });
     }
     UNROLL for (int r = 0; r < R; r++) {
-      at[r] += kStretch;
       const F lanes = S > 1 ? F{} : w.scales(scale[r] + g / w.span * w.step);
-      UNROLL for (int a = 0; a < M; a++)
-        total[a][r] += A::value(sum[a][r]) * (S > 1 ? splat(scale[r][a * stretches + g]) : lanes);
+      UNROLL for (int a = 0; a < M; a++) {
+        Sum all = sum[a][r][0];
+        UNROLL for (int i = 1; i < kChains; i++) all += sum[a][r][i];
+        total[a][r] += A::value(all) * (S > 1 ? splat(scale[r][a * stretches + g]) : lanes);
+      }
     }
+  }
+}
+
+// R rows of the weight times M rows of x; out[a][r] times the row's factor (prepare.h) is the result.
+template <class A, int M, int R, int S>
+static void gemv_rows(const Weight<typename A::D>& w, int64_t n, const float* const (&scale)[R], const Prepared& x,
+                      float (&out)[M][R]) {
+  const uint8_t* row[R];
+  UNROLL for (int r = 0; r < R; r++) row[r] = w.row(n + r);
+  F total[M][R] = {};
+  Watch<typename A::Watched> watch;
+  if constexpr (kManyRegisters || R == 1) {
+    accumulate<A, M, R, S, R == 1 ? kOneRow : kFarRows>(w, row, scale, x, total, watch);
+  } else if (const Stream stream = stream_of<M, R>(w.row_bytes, w.k); M == 1 && stream == kOneRow) {
+    for (int r = 0; r < R; r++) {
+      F one[M][1] = {};
+      accumulate<A, M, 1, S, kOneRow>(w, row + r, scale + r, x, one, watch);
+      total[0][r] = one[0][0];
+    }
+  } else if (stream == kFewRows) {
+    accumulate<A, M, R, S, kFewRows>(w, row, scale, x, total, watch);
+  } else {
+    accumulate<A, M, R, S, kFarRows>(w, row, scale, x, total, watch);
   }
   UNROLL for (int a = 0; a < M; a++)
     UNROLL for (int r = 0; r < R; r += 4) {
@@ -153,8 +201,8 @@ static void gemv_of(const LinearSpec& spec, const LinearCall& call) {
   switch (call.m) {
     case 1: return gemv_rows_of_x<A, 1>(spec, call);
     case 2: return gemv_rows_of_x<A, 2>(spec, call);
-    case 3: return gemv_rows_of_x<A, 3>(spec, call);
-    default: return gemv_rows_of_x<A, 4>(spec, call);
+    case 3: return gemv_rows_of_x<typename A::Crowded, 3>(spec, call);
+    default: return gemv_rows_of_x<typename A::Crowded, 4>(spec, call);
   }
 }
 

@@ -15,6 +15,10 @@ typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 
 struct Bf16 { uint16_t u; };
 struct Fp16 { uint16_t u; };
+template <class X>
+constexpr bool kUpperHalf = false;  // whether a number is the upper half of its fp32
+template <>
+constexpr bool kUpperHalf<Bf16> = true;
 
 INLINE F widen(const float* p) { return load<F>(p); }
 INLINE U widen_halves(const void* p) {  // GCC 12's own conversions take vectors apart
@@ -26,18 +30,15 @@ INLINE U widen_halves(const void* p) {  // GCC 12's own conversions take vectors
   return __builtin_convertvector(load<Halves>(p), U);
 #endif
 }
-INLINE Bytes low_bytes(I v) {  // of each lane
+INLINE Bytes low_bytes(I v) { return __builtin_convertvector(v, Bytes); }  // of each lane
+INLINE void store_bytes(uint8_t* to, const I (&v)[4]) {  // lanes of 0 ... 255 as bytes
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  const char z = -128;  // zero
-  const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, z, z, z, z, z, z, z, z, z, z, z, z,
-                                        0, 4, 8, 12, z, z, z, z, z, z, z, z, z, z, z, z);
-  const __m256i four = _mm256_shuffle_epi8(bits<__m256i>(v), pick);
-  const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-  Bytes to;
-  memcpy(&to, &all, sizeof to);
-  return to;
+  const __m256i halves[2] = {_mm256_packs_epi32(bits<__m256i>(v[0]), bits<__m256i>(v[1])),
+                             _mm256_packs_epi32(bits<__m256i>(v[2]), bits<__m256i>(v[3]))};
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on 16 bytes at a time
+  store(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves[0], halves[1]), order));
 #else
-  return __builtin_convertvector(v, Bytes);
+  for (int j = 0; j < 4; j++) store(to + j * W, low_bytes(v[j]));
 #endif
 }
 INLINE F widen(const Bf16* p) { return bits<F>(widen_halves(p) << 16); }
@@ -86,14 +87,17 @@ INLINE I encode(F v) {
   return magnitude >= 0x7F800000 ? splat(0x7F) : code;
 }
 
-// `v` rounded to the nearest E4M3 or E5M2 number; NaN for NaN and infinities.
+// `v` rounded to the nearest E4M3 or E5M2 number; NaN for NaN and infinities. What `encode` does, without the codes.
 template <class C>
 INLINE F round_trip(F v) {
-  I code = encode<C>(v);
-  I body = code & 0x7F;
-  F value = bits<F>(((code & 0x80) << 24) | (body << (23 - C::kMantissa)));
-  value *= splat(bits<float>((uint32_t)(127 + 127 - C::kBias) << 23));
-  return body == 0x7F ? bits<F>(splat(0x7FC00000)) : value;
+  constexpr int kShift = 23 - C::kMantissa;
+  const F magic = bits<F>(splat((127 + 24 - C::kBias - C::kMantissa) << 23));  // its ulp is the subnormals' step
+  const I magnitude = bits<I>(v) & 0x7FFFFFFF, limit = splat(bits<int32_t>(C::kMax));
+  const I a = magnitude < limit ? magnitude : limit;
+  const I normal = (a + ((1 << (kShift - 1)) - 1) + ((a >> kShift) & 1)) & -(1 << kShift);
+  const I small = bits<I>(bits<F>(a) + magic - magic);
+  const I value = (a < ((128 - C::kBias) << 23) ? small : normal) | (bits<I>(v) & INT32_MIN);
+  return bits<F>(magnitude >= 0x7F800000 ? splat(0x7FC00000) : value);
 }
 
 template <class C>
@@ -132,6 +136,14 @@ INLINE I amax_bits(const X* x, int64_t count, I so_far) {
 template <class X>
 INLINE I largest_bits(const X* x, int64_t count, I so_far) {
   int64_t i = 0;
+  if constexpr (kUpperHalf<X>) {  // two to a lane, compared as they are
+    H halves = H{};
+    for (; i + 2 * W <= count; i += 2 * W) {
+      const H h = load<H>(x + i) & 0x7FFF;
+      halves = halves > h ? halves : h;
+    }
+    so_far = max(so_far, max(bits<I>(halves) << 16, bits<I>(halves) & (int32_t)0xFFFF0000));
+  }
   for (; i + W <= count; i += W) so_far = max(so_far, bits<I>(widen(x + i)) & 0x7FFFFFFF);
   if (i < count) so_far = max(so_far, bits<I>(widen_part(x + i, count - i)) & 0x7FFFFFFF);
   return so_far;
@@ -141,6 +153,11 @@ template <class C, bool kOrdinary, class X>
 INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
   const F s = splat(scale);
   int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W) {
+    I codes[4];
+    UNROLL for (int j = 0; j < 4; j++) codes[j] = encode<C, kOrdinary>(widen(x + i + j * W) / s);
+    store_bytes(data + i, codes);
+  }
   for (; i + W <= count; i += W) store(data + i, low_bytes(encode<C, kOrdinary>(widen(x + i) / s)));
   if (i < count) {
     Bytes part = low_bytes(encode<C, kOrdinary>(widen_part(x + i, count - i) / s));
@@ -148,34 +165,60 @@ INLINE void encode_row(const X* x, int64_t count, float scale, uint8_t* data) {
   }
 }
 
-// One block, rows [r0, r1) and columns [c0, c1).
-template <class C, class X>
-static void quantize_block(const QuantizeRule& rule, const QuantizeCall& call, int64_t r0, int64_t r1, int64_t c0,
-                           int64_t c1, int64_t grid_index) {
-  const X* x = (const X*)call.x + c0;
-  uint8_t* data = call.data + c0;
+// Rows [r0, r1) and columns [c0, c1) of x, which share a scale.
+struct Block { int64_t r0, r1, c0, c1; };
+struct BlockScale {
   float scale;
-  bool ordinary = false;
-  if (call.given) {
-    scale = call.given[grid_index];
-  } else {
-    I m = I{};
-    for (int64_t r = r0; r < r1; r++) m = largest_bits(x + r * call.cols, c1 - c0, m);
-    const bool finite = !any(m >= 0x7F800000);
-    if (!finite) {
-      m = I{};
-      for (int64_t r = r0; r < r1; r++) m = amax_bits(x + r * call.cols, c1 - c0, m);
-    }
-    scale = make_scale<C>(maximum(bits<F>(m)), rule);
-    store_scale(scale, call.scale, call.scale_type, grid_index);
-    ordinary = finite && scale >= 0x1p-126f && rule.rounding != kRoundPow2Floor;  // so amax / scale is kMax at most
+  bool ordinary;  // see encode
+};
+
+template <class C, class X>
+INLINE BlockScale scale_of(const QuantizeRule& rule, const QuantizeCall& call, const Block& b, int64_t grid_index) {
+  if (call.given) return {call.given[grid_index], false};
+  const X* x = (const X*)call.x + b.c0;
+  I m = I{};
+  for (int64_t r = b.r0; r < b.r1; r++) m = largest_bits(x + r * call.cols, b.c1 - b.c0, m);
+  const bool finite = !any(m >= 0x7F800000);
+  if (!finite) {
+    m = I{};
+    for (int64_t r = b.r0; r < b.r1; r++) m = amax_bits(x + r * call.cols, b.c1 - b.c0, m);
   }
-  if (ordinary)
-    for (int64_t r = r0; r < r1; r++)
-      encode_row<C, true>(x + r * call.cols, c1 - c0, scale, data + r * call.cols);
-  else
-    for (int64_t r = r0; r < r1; r++)
-      encode_row<C, false>(x + r * call.cols, c1 - c0, scale, data + r * call.cols);
+  const float scale = make_scale<C>(maximum(bits<F>(m)), rule);
+  store_scale(scale, call.scale, call.scale_type, grid_index);
+  // so amax / scale is kMax at most
+  return {scale, finite && scale >= 0x1p-126f && rule.rounding != kRoundPow2Floor};
+}
+
+template <class C, class X>
+static void encode_block(const QuantizeCall& call, const Block& b, const BlockScale& scale) {
+  const int64_t count = b.c1 - b.c0;
+  for (int64_t r = b.r0; r < b.r1; r++) {
+    const int64_t at = r * call.cols + b.c0;
+    if (scale.ordinary) encode_row<C, true>((const X*)call.x + at, count, scale.scale, call.data + at);
+    else encode_row<C, false>((const X*)call.x + at, count, scale.scale, call.data + at);
+  }
+}
+
+// Columns of blocks that are scaled before they are encoded: a short block's scale is a long chain of operations, and
+// several chains run side by side.
+constexpr int kBlocksAhead = 8;
+
+// Grid row g, whose rows are [r0, r1).
+template <class C, class X>
+static void quantize_strip(const QuantizeRule& rule, const QuantizeCall& call, int64_t g, int64_t r0, int64_t r1,
+                           int64_t block_cols, int64_t grid_cols) {
+  const int64_t step = r1 - r0 > 1 ? 1 : kBlocksAhead;
+  for (int64_t first = 0; first < grid_cols; first += step) {
+    const int64_t count = least(step, grid_cols - first);
+    Block block[kBlocksAhead];
+    BlockScale scale[kBlocksAhead];
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t c0 = (first + i) * block_cols;
+      block[i] = {r0, r1, c0, least(call.cols, c0 + block_cols)};
+      scale[i] = scale_of<C, X>(rule, call, block[i], g * grid_cols + first + i);
+    }
+    for (int64_t i = 0; i < count; i++) encode_block<C, X>(call, block[i], scale[i]);
+  }
 }
 
 template <class C, class X>
@@ -196,19 +239,14 @@ static void quantize_matrix(const QuantizeRule& rule, const QuantizeCall& call) 
     free(row_max);
     float scale = make_scale<C>(bits<float>(all), rule);
     store_scale(scale, call.scale, call.scale_type, 0);
-    QuantizeCall rest = call;
-    rest.given = &scale;
-    QuantizeRule single = rule;
-    parallel_for(rows, work, [&](int64_t r) { quantize_block<C, X>(single, rest, r, r + 1, 0, cols, 0); });
+    parallel_for(rows, work, [&](int64_t r) { encode_block<C, X>(call, {r, r + 1, 0, cols}, {scale, false}); });
     return;
   }
   const int64_t strip = block_rows >= 16 ? 1 : 16 / block_rows;  // grid rows in a task
   const int64_t grid_rows = (rows + block_rows - 1) / block_rows;
   parallel_for((grid_rows + strip - 1) / strip, work, [&](int64_t task) {
     for (int64_t g = task * strip; g < least(grid_rows, (task + 1) * strip); g++)
-      for (int64_t c = 0; c < grid_cols; c++)
-        quantize_block<C, X>(rule, call, g * block_rows, least(rows, (g + 1) * block_rows), c * block_cols,
-                             least(cols, (c + 1) * block_cols), g * grid_cols + c);
+      quantize_strip<C, X>(rule, call, g, g * block_rows, least(rows, (g + 1) * block_rows), block_cols, grid_cols);
   });
 }
 

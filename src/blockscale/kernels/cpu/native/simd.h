@@ -41,6 +41,9 @@ constexpr bool kManyRegisters = false;
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 #endif
 
+// Makes the compiler forget what it has loaded from there: loading again is better than running out of registers.
+#define LOAD_AGAIN(pointer) __asm__ volatile("" : "+r"(pointer))
+
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
@@ -95,6 +98,32 @@ INLINE bool any(I v) {  // whether some bit is set
 #endif
 }
 
+// Every second lane of a and b, from `odd` on.
+template <int odd>
+INLINE F every_second(F a, F b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14, odd + 16,
+                                 odd + 18, odd + 20, odd + 22, odd + 24, odd + 26, odd + 28, odd + 30);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14);
+#else
+  return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6);
+#endif
+}
+// Deals E * W numbers out to E vectors, one to each by turns.
+template <int E>
+INLINE void deal(F (&v)[E]) {
+  if constexpr (E > 1) {
+    F even[E / 2], odd[E / 2];
+    UNROLL for (int j = 0; j < E / 2; j++) {
+      even[j] = every_second<0>(v[2 * j], v[2 * j + 1]);
+      odd[j] = every_second<1>(v[2 * j], v[2 * j + 1]);
+    }
+    deal(even), deal(odd);
+    UNROLL for (int j = 0; j < E / 2; j++) v[2 * j] = even[j], v[2 * j + 1] = odd[j];
+  }
+}
+
 INLINE F4 fold(F v) {  // W lanes to 4 by adding
 #if defined(__AVX512F__)
   typedef float F8 __attribute__((vector_size(32)));
@@ -136,6 +165,7 @@ INLINE float maximum(F v) {
 // Into the second-level cache: the first has too few miss buffers to stream from memory at full speed.
 constexpr int kPrefetch = 4096;  // bytes ahead
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the first, for what comes very soon
 
 INLINE int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

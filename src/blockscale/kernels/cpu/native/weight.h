@@ -94,8 +94,9 @@ static void dequantize_row(const Weight<D>& w, const uint8_t* row, const float* 
       else UNROLL for (int j = 0; j < D::E; j++) store(out + j * W, b[j] * both);
       out += C;
     };
+    const int64_t ahead = w.ahead(c * B) - c * B;
     for (; c < full; c++) {
-      prefetch(row + w.ahead(c * B));
+      if (B >= 64 || c % (64 / B) == 0) prefetch(row + c * B + ahead);
       chunk(load<I>(row + c * B));
     }
     if (c < end) {  // the ragged end of the row
