@@ -50,7 +50,7 @@ def test_it_conforms(site):
     report = json.loads(answer.stdout)
     assert report["failures"] == []
     assert report["kernels"] == {"numba.linear": report["passed"]}
-    assert report["passed"] == 348
+    assert report["passed"] == 350
     assert answer.returncode == 0
 
 

@@ -45,17 +45,19 @@ def launched(chip, name, numerics, m, k, experts=0):
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_step_holds_whole_groups_of_folded_scales(chip, experts):
+    """`folded_kernel` folds whatever it reads; `dense_kernel` reads a decoded weight, without scales."""
     seen = 0
     for name, numerics in FOLDED:
         for m, k in ((1, 2048), (200, 2048), (4096, 200)):
             if experts and get_format(name).two_level:
                 continue  # activations of two levels have no grouped kernel
-            constants = launched(chip, name, numerics, m, k, experts)[2]
-            for side in "XW":
-                if constants[f"{side}_SCALE"] == "fold":
+            kernel, _, constants = launched(chip, name, numerics, m, k, experts)
+            for side in "XW" if kernel.__name__ in ("gemm_kernel", "grouped_kernel") else "W":
+                how = {"folded_kernel": "fold", "dense_kernel": "none"}.get(kernel.__name__)
+                if (how or constants[f"{side}_SCALE"]) == "fold":
                     assert constants["BK"] % constants[f"{side}_GROUP"] == 0, (name, numerics, m, k, constants)
                     seen += 1
-    assert seen >= 6
+    assert seen >= (3 if chip == "rocm:gfx942" else 6)  # its fp8 has another encoding: those scales stay in the loop
 
 
 @pytest.mark.parametrize(("target", "name", "numerics"), [("sm_75", *FOLDED[0]), ("sm_86", *FOLDED[1])])
