@@ -278,8 +278,7 @@ def _fit(tile: GemmTile, k: int, span: int) -> GemmTile:
     """Cut the step to a power of two that the span needs (32 is the shortest that every instruction takes), and tiles
     whose rows start unaligned, which are read byte by byte, to what does not spill."""
     if k % 16:
-        small = min(tile.bn, 64), min(tile.bk, 64)
-        tile = replace(tile, bn=small[0], bk=small[1], entry=f"{tile.entry}, unaligned")
+        tile = replace(tile, bn=min(tile.bn, 64), bk=min(tile.bk, 64), entry=f"{tile.entry}, unaligned")
     if span and span < tile.bk:
         tile = replace(tile, bk=max(_pow2(span), 32), entry=f"{tile.entry}, span {span}")
     return tile
