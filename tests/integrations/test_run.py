@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from blockscale import BlockscaleError
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.cli import app
+from blockscale.integrations.transformers import measure
 from makers import make_llama
 from model_cases import CASES
 
@@ -114,3 +117,12 @@ def test_what_cannot_run_is_said_in_one_line(checkpoint, tmp_path):
     if not torch.cuda.is_available():
         told = CliRunner().invoke(app, ["run", str(checkpoint), "w5", "--device", "cuda"]).exception
         assert str(told) == f"device cuda: torch {torch.__version__} finds none on this machine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak is not inherited, or not known")
+def test_peak_memory_is_the_process_own_and_not_that_of_who_started_it():
+    large = bytearray(600_000_000)
+    large[::4096] = b"\1" * len(large[::4096])
+    ask = "from blockscale.integrations.transformers.measure import peak_memory; print(peak_memory('cpu'))"
+    child = int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    assert 50e6 < child < measure.peak_memory("cpu") - 0.5 * len(large)
