@@ -1,9 +1,14 @@
+import signal
 import zlib
 
 import pytest
 import torch
 
 from blockscale import platform, registry
+
+# A job that a shell starts in the background ignores Ctrl-C, and so would all that tests start to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
