@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import native_cases
-from blockscale import reference
+from blockscale import BlockscaleError, reference
 from blockscale.formats import get_format
 from blockscale.kernels.cpu import DenseLinear, Linear, native
 from blockscale.numerics import Numerics, get_numerics
@@ -244,3 +244,13 @@ def test_says_why_not():
     assert reasons(DenseLinear(), dense, "cpu:avx2+cpu-native=avx2") == [
         "weight is torch.float64, needs float32, bfloat16 or float16"
     ]
+
+
+def test_an_unknown_instruction_set_names_the_variable_and_what_it_takes(monkeypatch):
+    monkeypatch.setenv("BLOCKSCALE_CPU_ISA", "sse9")
+    native.library.cache_clear()
+    try:
+        with pytest.raises(BlockscaleError, match=r"'sse9'.*BLOCKSCALE_CPU_ISA needs \w+ here or one below"):
+            native.library()
+    finally:
+        native.library.cache_clear()

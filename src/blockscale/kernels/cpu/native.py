@@ -68,7 +68,10 @@ def library() -> Any:
     lib.blockscale_isa.restype = ctypes.c_char_p
     wanted = detect("cpu").value("cpu-native") or lib.blockscale_isa().decode()
     if lib.blockscale_use(wanted.encode()) != 0:
-        raise BlockscaleError(f"cpu.native: {PATH.name} has no kernels for {wanted!r} that this processor can run")
+        raise BlockscaleError(
+            f"cpu.native: {PATH.name} has no kernels for {wanted!r} that this processor can run; BLOCKSCALE_CPU_ISA"
+            f" needs {lib.blockscale_isa().decode()} here or one below, of avx512bf16, avx512, avx2, sse2 and neon"
+        )
     spec, rule, p, i, l = POINTER(_LinearSpec), POINTER(_QuantizeRule), c_void_p, c_int32, c_int64  # noqa: E741
     for name, arguments in {
         "linear": [p, c_char_p],
@@ -82,7 +85,7 @@ def library() -> Any:
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: "avx512", "avx2", "sse2" or "neon"."""
+    """The instruction set whose kernels run: "avx512bf16", "avx512", "avx2", "sse2" or "neon"."""
     name: bytes = library().blockscale_isa()
     return name.decode()
 
