@@ -57,13 +57,18 @@ def check_exact() -> Iterator[str]:
                 yield f"{name} M={m}: {int((y.isnan() != want.isnan()).sum())} results are NaN or not, wrongly"
 
 
+def awkward(rows: int, columns: int) -> torch.Tensor:
+    """Random numbers of many magnitudes; rows 0 to 2: zeros; non-finite, subnormal and saturating ones; ties."""
+    x = torch.randn(rows, columns) * torch.exp(torch.randn(rows, 1) * 8)
+    x[0], x[1, :9] = 0, torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40, -1e-40, 1e38, 448.0, 464.0])
+    x[2] = (torch.arange(columns) % 449) + 0.5
+    return x
+
+
 def check_values() -> Iterator[str]:
     """Activations as values times scales: the numbers of the definition, by the chip's cast and by the codec."""
     p = detect("cuda")
-    x = torch.randn(512, 2048) * torch.exp(torch.randn(512, 1) * 8)
-    x[0], x[1, :9] = 0, torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40, -1e-40, 1e38, 448.0, 464.0])
-    x[2] = (torch.arange(2048) % 449) + 0.5
-    k = torch.arange(2048)
+    x, k = awkward(512, 2048), torch.arange(2048)
     lies = (k & -32) | ((k & 4) << 2) | ((k & 2) << 2) | ((k & 24) >> 2) | (k & 1)
     for name in ("fp8_1x32_ue8m0", "fp8_1x128_ue8m0", "mxfp8", "mxfp4", "nvfp4"):
         fmt = get_format(name)

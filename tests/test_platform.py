@@ -81,4 +81,4 @@ def test_a_package_of_ops_that_is_half_there_is_said_and_one_that_is_not_there_i
         assert package_ops.installed() == ([], [])
         monkeypatch.setattr(package_ops.importlib, "import_module", missing("its_own_need"))
         assert package_ops.installed() == ([("p.error", "No module named 'its_own_need'")], [])
-    assert modules
+    assert modules == {"vllm_xpu_kernels._C", "vllm_xpu_kernels._xpu_C"}

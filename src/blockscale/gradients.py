@@ -27,9 +27,8 @@ def linear(x: Tensor, *args: Any) -> Tensor:
 
 def grouped_linear(x: Tensor, *args: Any) -> Tensor:
     """`OPS.grouped_linear` that knows its gradient."""
-    if forward_ad._current_level >= 0:
-        refuse_tangents("grouped_linear", x)
-    if x.requires_grad and wanted(x):
+    refuse_tangents("grouped_linear", x)
+    if wanted(x):
         return cast(Tensor, _StraightThrough.apply(x, *args[:5], None, *args[5:]))  # type: ignore[no-untyped-call]
     return shortcut.grouped_linear(x, *args)
 

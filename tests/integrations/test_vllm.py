@@ -80,6 +80,9 @@ def test_a_layer_is_served_as_the_definition_says(plugin, name, form):
     want = reference.linear(x, weight, bias, numerics=numerics)
     torch.testing.assert_close(y, want, rtol=2.0**-7, atol=1e-3)
     assert y.shape == (2, 5, 192)
+    quantized = blockscale.quantize(x.flatten(0, 1), f"fp8_1x{block[1]}")
+    product = kernel.apply_block_scaled_mm(quantized.data, weight.data, quantized.scale, weight.scale)
+    torch.testing.assert_close(product, reference.matmul(quantized, weight, torch.bfloat16), rtol=2.0**-7, atol=1e-3)
     assert layer.weight.data_ptr() == weight.data.data_ptr()
 
 

@@ -240,5 +240,7 @@ def mlp(world, chunks, numerics):
     )
     mine = torch.arange(world.size * each).view(world.size, each)[world.rank]
     got = layer(x[mine]).float()
+    if chunks == 1:  # a group of collectives takes one turn for all rows: the same sums
+        assert torch.equal(layer._in_turns(x[mine], len(x)).float(), got)
     # chunks take the same slice of every rank's tokens, so results come back where they started
     return float((got - want[mine]).norm() / want[mine].norm()), layer.gate_up.wire.format is not None

@@ -136,9 +136,8 @@ def prepared(job: Job) -> Iterator[None]:
             raise DestinationError(f"{work}: another run is writing here") from e
         if not job.dst.exists() and not work.is_dir():
             raise DestinationError(f"{work}: another run has just finished")
-        asked = [
-            path for path in (work / _REQUEST, work / MANIFEST) if path.is_file()
-        ]  # at the very end only the latter
+        # at the very end only the latter is there
+        asked = [path for path in (work / _REQUEST, work / MANIFEST) if path.is_file()]
         if asked:
             _check_same(job, load_json(asked[0]), work, _known_steps(job))
         elif stray := next((p for p in work.iterdir() if p.name != _LOCK and not p.name.endswith(".partial")), None):

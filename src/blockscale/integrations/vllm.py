@@ -80,8 +80,17 @@ class BlockscaleFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ign
         return y.to(self.config.out_dtype)
 
     def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
-        """Part of vLLM's interface; nothing calls it, since `apply_weights` quantizes and multiplies in one op."""
-        raise NotImplementedError("blockscale quantizes and multiplies in one op: call apply_weights")
+        """`A: [M, K]`, quantized in the layer's groups with scales As, times `B: [N, K]` with Bs -> `[M, N]`.
+
+        The second half of `apply_weights`, which is one op. vLLM 0.33 does not call it where `apply_weights` is ours.
+        """
+        n, k, weight, layout, numerics, kernel = self.bound
+        act = get_numerics(numerics).activation_format(get_format(weight))
+        assert act is not None  # `_problem` names a group
+        y: Tensor = library.OPS.matmul(
+            A, As, None, B, Bs, None, act.name, "row", n, k, weight, layout, self.config.out_dtype, kernel
+        )
+        return y
 
 
 def register() -> None:

@@ -90,12 +90,15 @@ class Group:
         Rows that another rank keeps are multiplied first and travel while this rank's own are multiplied. scatter:
         only this rank's share of the rows (`cuts.shares`) is returned. met: rows gathered in this group have arrived
         since its last large sum, so that every rank is known to be done with that one.
+
+        Here all rows in one turn, which hides nothing (and whose shares are equal); `direct` takes one for each rank.
         """
-        raise NotImplementedError("only groups whose `takes_turns` can be True have turns")
+        start = self.start_scattered_sum if scatter else self.start_sum
+        return start(multiply(0, rows), dtype, bias)()
 
     def regions(self, rows: int, width: int, sums: torch.dtype, dtype: torch.dtype) -> list[tuple[int, int]]:
         """Ranges of rows in the order in which `sum_in_turns` works on them: it multiplies each, or parts of it."""
-        raise NotImplementedError("only groups whose `takes_turns` can be True have turns")
+        return [(0, rows)]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x: [size * rows, …]` over ranks, this rank's rows of it. Raises when rows do not divide."""

@@ -29,11 +29,8 @@ def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
     """(m, n, k) that a configuration is checked on: ragged rows, columns and K, several tiles, cut tiles."""
     if isinstance(config, Wide):
         rows = 64 * config.groups
-        shapes = [
-            (rows + 2, 576, 720),
-            (200, 2112, 1024),
-            (2 * rows, 576, 720),
-        ]  # the last: no request for x falls short
+        shapes = [(rows + 2, 576, 720), (200, 2112, 1024)]
+        shapes += [(2 * rows, 576, 720)]  # no request for x falls short
         if config.groups == 1:  # boxes of 8, 16 and 32 rows of x; three of four boxes of 16
             shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720), (48, 576, 720)]
         else:

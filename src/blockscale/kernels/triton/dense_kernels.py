@@ -1,6 +1,6 @@
 """Multiplication without scales, and the decoder that takes them away: code times scale, where that is exact.
 
-Where both operands are exact in 16 bits with their scales (`capability.exact_values`), nothing is promoted: the matrix
+Where both operands are exact in 16 bits with their scales (`capability.common_dtype`), nothing is promoted: the matrix
 unit sums 16-bit products in fp32. Hopper's 14-bit sums are those of fp8 products alone.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .gemm_kernels import store_tile
-from .tiles import fold_scale, group_index, load_operand, load_scales, shuffled, tile_of
+from .tiles import fold_scale, group_index, load_operand, load_scales, shuffled, tile_of, times_levels
 
 
 @triton.jit(do_not_specialize=["rows", "s_row"])
@@ -95,10 +95,7 @@ def dense_kernel(
         x = x_desc.load([pm * BM, step * BK])
         w = w_desc.load([pn * BN, step * BK])
         acc = tl.dot(x, w.T, acc)
-    if X_LEVEL:
-        acc *= tl.load(x_level_ptr)
-    if W_LEVEL:
-        acc *= tl.load(w_level_ptr)
+    acc = times_levels(acc, x_level_ptr, w_level_ptr, X_LEVEL, W_LEVEL, 1.0)
     store_tile(
         acc, y_ptr, bias_ptr, pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), M, N, y_stride, BIAS, False
     )

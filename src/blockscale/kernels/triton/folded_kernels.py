@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .gemm_kernels import add_slices, store_tile
-from .tiles import decoded, fold_scale, group_index, load_scales, shuffled, tile_of
+from .tiles import decoded, fold_scale, group_index, load_scales, shuffled, tile_of, times_levels
 
 
 @triton.jit(do_not_specialize=["M", "sw_n"])
@@ -71,10 +71,5 @@ def folded_kernel(
     if SPLIT > 1:
         mine, acc = add_slices(acc, part_ptr, ticket_ptr, tile, piece, SPLIT, BM * BN)
     if mine:
-        if LIFT != 1.0:
-            acc *= LIFT
-        if X_LEVEL:
-            acc *= tl.load(x_level_ptr)
-        if W_LEVEL:
-            acc *= tl.load(w_level_ptr)
+        acc = times_levels(acc, x_level_ptr, w_level_ptr, X_LEVEL, W_LEVEL, LIFT)
         store_tile(acc, y_ptr, bias_ptr, pm * BM + tl.arange(0, BM), rn, M, N, y_stride, BIAS, True)

@@ -193,7 +193,7 @@ def _groups(
     rows, group = x.shape[0], fmt.block[1]
     assert group is not None
     how = computed(fmt, rounding, layout, platform)
-    if "product" in out:
+    if out in ("product", "native product"):
         data = scales = x.new_empty(rows, cols, dtype=values)  # the kernel stores no scale
     else:
         data, scales = _allocate(x, fmt, rows, cols, layout, platform)

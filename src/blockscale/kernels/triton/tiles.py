@@ -263,7 +263,7 @@ def end_scales(
     LIFT: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """Scales that serve all of K, and NVFP4's second levels, on the finished sum."""
+    """Scales that serve all of K, and what multiplies every sum alike, on the finished sum."""
     if X_SCALE == "end":
         x_scale = decode_scale(tl.load(sx_ptr + x_row * sx_m), SX_KIND)
         acc *= x_scale[None, :] if SWAP else x_scale[:, None]
@@ -273,6 +273,12 @@ def end_scales(
             acc *= decode_scale(raw, SW_KIND)
         else:
             acc *= decode_scale(raw, SW_KIND)[:, None] if SWAP else decode_scale(raw, SW_KIND)[None, :]
+    return times_levels(acc, x_level_ptr, w_level_ptr, X_LEVEL, W_LEVEL, LIFT)
+
+
+@triton.jit
+def times_levels(acc, x_level_ptr, w_level_ptr, X_LEVEL: tl.constexpr, W_LEVEL: tl.constexpr, LIFT: tl.constexpr):
+    """What multiplies every sum alike: what decoding left (LIFT), and NVFP4's second levels."""
     if LIFT != 1.0:
         acc *= LIFT
     if X_LEVEL:
