@@ -73,7 +73,7 @@ def _blocks_overlapped(
 
 
 @gluon.jit
-def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
+def scale_row(start, p: gl.constexpr, P: gl.constexpr):
     """The row of weight scales, counted from the tile's first, of piece p. start: the tile's first column, mod 128."""
     if P == 128:
         return p
@@ -117,7 +117,7 @@ def _blocks_rotating(
                 partials = put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
-                r = _scale_row(start, p, P)
+                r = scale_row(start, p, P)
                 scale = x_scale * weight_scale(
                     ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
                 )
@@ -149,7 +149,7 @@ def _blocks_in_turn(
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
-                r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
+                r = scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
                 slot = stage * (2 if PIECES > 1 else 1) + r
                 scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
