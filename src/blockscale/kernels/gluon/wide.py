@@ -25,11 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .config import Wide, ceil_div, wide_floats, wide_grid
 from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
-from .wide_ahead import start_tile
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
 from .wide_load import produce
 from .wide_split import consume_split
-from .wide_store import store
+from .wide_store import leave
 from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 
 
@@ -48,22 +47,21 @@ def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
-    AHEAD: a tile leaves while the first k-block of the next one is multiplied.
+    SEAM: a tile leaves while the first k-block of the next one is multiplied.
     """
     P: gl.constexpr = w_bufs.shape[1]
     BN: gl.constexpr = P * PIECES
-    UNIT: gl.constexpr = y_desc.block_type.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 32])
     num_tiles = num_m * num_n
     count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 0
     accs = zeros(PIECES, P, mma)
-    m_before = num_m * (64 * GROUPS)  # no rows there: what would leave before the first tile is dropped
+    m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
     n_before = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
@@ -74,24 +72,26 @@ def _consume(
         next_scales = ws_ld
         if WAY == "l":
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
-        if AHEAD:
-            accs, stage, phase = start_tile(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, y_desc, y_bufs, full, empty,
-                                            bias_ptr, stage, phase, at, next_scales, start, m_before, n_before, N, WG,
-                                            GROUPS, STEP, STAGES, SLOTS, WAY, HAS_BIAS, mma)  # fmt: skip
-            s0 += 1
+        chunks = (s1 - s0) // U
+        first = 0
+        leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
+        if SEAM:
+            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                                phase, at, next_scales, start, WG, GROUPS, STEP, U, STAGES, WAY, True,
+                                                HAS_BIAS, mma)  # fmt: skip
+            first = 1
             m_before = m
             n_before = n
         else:
             accs = zeros(PIECES, P, mma)
-        chunks = (s1 - s0) // U
-        for c in range(chunks):
-            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP, U,
-                                                STAGES, WAY, mma)  # fmt: skip
+        for c in range(first, chunks):
+            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                                phase, at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP,
+                                                U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
         for s in range(s0 + chunks * U, s1):
-            accs, stage, phase = multiply_steps(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                                at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
-                                                WAY, mma)  # fmt: skip
+            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                                phase, at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
+                                                WAY, False, HAS_BIAS, mma)  # fmt: skip
         whole = True
         if STREAM_K:
             if s1 - s0 < num_steps:
@@ -117,13 +117,13 @@ def _consume(
                             accs = plus(accs, own)
                         else:
                             accs = plus_stored(accs, part)
-        if not AHEAD:
+        if not SEAM:
             if whole:
                 for p in gl.static_range(PIECES):
-                    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, p * P // UNIT, WG, SLOTS, HAS_BIAS)
-    if AHEAD:
+                    leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
+    if SEAM:
         for p in gl.static_range(PIECES):
-            store(accs[p], y_desc, y_bufs, bias_ptr, m_before, n_before + p * P, N, p * P // UNIT, WG, SLOTS, HAS_BIAS)
+            leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)
     tma.store_wait(0)
 
 
@@ -132,15 +132,15 @@ def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
     num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, AHEAD, HAS_BIAS)  # fmt: skip
+                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, SEAM, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
-                 STREAM_K, AHEAD, HAS_BIAS)  # fmt: skip
+                 STREAM_K, SEAM, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
@@ -148,7 +148,7 @@ def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
     together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
@@ -189,13 +189,13 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -208,7 +208,7 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -221,10 +221,10 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, AHEAD, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -283,7 +283,7 @@ def launch(
         "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
-        "AHEAD": grid.full_waves > 1 and not grid.cut_tiles,
+        "SEAM": grid.full_waves > 1 and not grid.cut_tiles and ceil_div(k, 128) >= config.unroll,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
         "EARLY": config.pdl and config.early and early,

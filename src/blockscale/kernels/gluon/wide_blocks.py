@@ -2,6 +2,10 @@
 
 They differ in how the tensor cores are kept busy while partial products are promoted: by a second set of those
 (overlapped, rotating) or by another warpgroup (in turn).
+
+SEAM: the accumulators that come in are the tile before's, `leaving` for y: they are rounded and sent while the first
+k-block of the new tile is multiplied. Its end would otherwise leave the tensor cores idle for as long as three k-blocks
+take.
 """
 
 # mypy: ignore-errors
@@ -13,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .device import advance, load_scale, promote_rows, put, weight_scale
+from .wide_store import leave
 
 
 @gluon.jit
@@ -38,8 +43,9 @@ def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexp
 
 @gluon.jit
 def _blocks_overlapped(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
-    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a one-piece tile. at: flat index of the first weight scale.
 
@@ -57,6 +63,9 @@ def _blocks_overlapped(
         for j in gl.static_range(STEP):
             started, started_scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, spare, j, WG,
                                             GROUPS, STEP, rows)  # fmt: skip
+            if SEAM and u + j == 0:
+                leave(accs, 0, leaving, WG, GROUPS, HAS_BIAS)
+                acc = gl.zeros(acc.shape, gl.float32, layout=mma)
             if u + j > 0:
                 spare = warpgroup_mma_wait(1, deps=(busy,))
                 if j == 0:
@@ -73,7 +82,7 @@ def _blocks_overlapped(
 
 
 @gluon.jit
-def scale_row(start, p: gl.constexpr, P: gl.constexpr):
+def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
     """The row of weight scales, counted from the tile's first, of piece p. start: the tile's first column, mod 128."""
     if P == 128:
         return p
@@ -83,8 +92,9 @@ def scale_row(start, p: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _blocks_rotating(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile of several pieces, each with partial products of its own: while one piece is promoted the
     others multiply. Tiles need not be a power of two wide."""
@@ -117,11 +127,14 @@ def _blocks_rotating(
                 partials = put(partials, p, warpgroup_mma(x, w, done, use_acc=False, is_async=True))
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + i % STEP).slice(WG * 64, 64).load(rows)
-                r = scale_row(start, p, P)
+                r = _scale_row(start, p, P)
                 scale = x_scale * weight_scale(
                     ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
                 )
                 scales = put(scales, p, scale)
+                if SEAM and i == 0:
+                    leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
+                    accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
         if i < COUNT and i % STEP == STEP - 1:
             held = stage
             stage, phase = advance(stage, phase, STAGES)
@@ -130,8 +143,9 @@ def _blocks_rotating(
 
 @gluon.jit
 def _blocks_in_turn(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
@@ -149,9 +163,12 @@ def _blocks_in_turn(
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
                     x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
-                r = scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
+                r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
                 slot = stage * (2 if PIECES > 1 else 1) + r
                 scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
+                if SEAM and u + j == 0:
+                    leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
+                    accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
                 partial = warpgroup_mma_wait(0, deps=(busy,))
                 if j == STEP - 1 and p == PIECES - 1:
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -162,8 +179,8 @@ def _blocks_in_turn(
 
 @gluon.jit
 def _blocks_in_turn_loading(
-    accs, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr, GROUPS: gl.constexpr,
-    U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr,
+    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """As `_blocks_in_turn`, with weight scales by plain loads, which arrive while the tensor cores work: no shared
     memory for them, and two TMA requests a k-block less. ws_ld: from a piece's scales to the next one's."""
@@ -182,6 +199,9 @@ def _blocks_in_turn_loading(
             if p == 0:
                 x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
             scale = x_scale * w_scales[p]
+            if SEAM and u == 0:
+                leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
+                accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
             partial = warpgroup_mma_wait(0, deps=(busy,))
             if p == PIECES - 1:
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -228,20 +248,23 @@ def plus_stored(accs, part):
 
 @gluon.jit
 def multiply_steps(
-    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
     GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
-    mma: gl.constexpr,
+    SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale."""
+    """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
+
+    SEAM: they are its first, and `accs` the tile before's, on its way into y (`wide_store.leave`).
+    """
     if WAY == "o" and len(accs) == 1:
-        return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
-                                  STEP, U, STAGES, mma)  # fmt: skip
+        return _blocks_overlapped(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG,
+                                  GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
     elif WAY == "o":
-        return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
-                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
+        return _blocks_rotating(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                                start, WG, GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
     elif WAY == "l":
-        return _blocks_in_turn_loading(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                       WG, GROUPS, U, STAGES, mma)  # fmt: skip
+        return _blocks_in_turn_loading(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at,
+                                       ws_ld, WG, GROUPS, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
     else:
-        return _blocks_in_turn(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
-                               WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
+        return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
+                               start, WG, GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip

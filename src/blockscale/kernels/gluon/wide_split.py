@@ -37,13 +37,24 @@ def fetch_split(w_desc, wq_desc, ws_desc, p_bufs, q_bufs, ws_bufs, bar, stage, n
 
 
 @gluon.jit
+def _leave(accs, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Both pieces of a tile into y; leaving: as in `wide_store.leave`."""
+    y_desc, y_bufs, bias_ptr, N, m, n = leaving
+    n_p, n_q = pieces(n)
+    SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
+    store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, SLOTS, HAS_BIAS)
+    store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, SLOTS, HAS_BIAS)
+
+
+@gluon.jit
 def _blocks(
-    accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
+    accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
+    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
     """U k-blocks of a tile of 192 columns: 128 ("p") are promoted while 64 ("q") are multiplied, and vice versa.
 
-    at_p, at_q: flat index of the first weight scale of each.
+    at_p, at_q: flat index of the first weight scale of each. SEAM: as in `wide_blocks.py`.
     """
     rows_p: gl.constexpr = gl.SliceLayout(1, mma_p)
     rows_q: gl.constexpr = gl.SliceLayout(1, mma_q)
@@ -75,39 +86,12 @@ def _blocks(
         if i < U:
             busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), done_q, use_acc=False, is_async=True)
             scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q + i, 0, rows_q)
+            if SEAM and i == 0:
+                _leave(accs, leaving, WG, GROUPS, HAS_BIAS)
+                acc_p = gl.zeros(acc_p.shape, gl.float32, layout=mma_p)
+                acc_q = gl.zeros(acc_q.shape, gl.float32, layout=mma_q)
             held = stage
             stage, phase = advance(stage, phase, STAGES)
-    return (acc_p, acc_q), stage, phase
-
-
-@gluon.jit
-def _start(
-    accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_desc, y_bufs, full, empty, bias_ptr, stage, phase, at_p, at_q,
-    m_before, n_before, N, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
-):  # fmt: skip
-    """A tile's first k-block, and the way of `accs`, the tile before at (m_before, n_before), into y: as
-    `wide_ahead.start_tile`."""
-    rows_p: gl.constexpr = gl.SliceLayout(1, mma_p)
-    rows_q: gl.constexpr = gl.SliceLayout(1, mma_q)
-    acc_p = gl.zeros((64, 128), gl.float32, layout=mma_p)
-    acc_q = gl.zeros((64, 64), gl.float32, layout=mma_q)
-    mbarrier.wait(full.index(stage), phase)
-    x = x_rows(x_bufs, stage, WG, GROUPS)
-    xs = xs_bufs.index(stage).slice(WG * 64, 64)
-    busy_p = warpgroup_mma(x, p_bufs.index(stage).permute((1, 0)), acc_p, use_acc=False, is_async=True)
-    busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), acc_q, use_acc=False, is_async=True)
-    scale_p = xs.load(rows_p) * weight_scale(ws_boxes, stage * 2, at_p, 0, rows_p)
-    scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q, 0, rows_q)
-    n_p, n_q = pieces(n_before)
-    store(accs[0], y_desc, y_bufs, bias_ptr, m_before, n_p, N, 0, WG, SLOTS, HAS_BIAS)
-    done_p = warpgroup_mma_wait(1, deps=(busy_p,))
-    acc_p = promote_rows(acc_p, done_p, scale_p)
-    store(accs[1], y_desc, y_bufs, bias_ptr, m_before, n_q, N, 2, WG, SLOTS, HAS_BIAS)
-    done_q = warpgroup_mma_wait(0, deps=(busy_q,))
-    mbarrier.arrive(empty.index(stage), count=1)
-    acc_q = promote_rows(acc_q, done_q, scale_q)
-    stage, phase = advance(stage, phase, STAGES)
     return (acc_p, acc_q), stage, phase
 
 
@@ -115,16 +99,16 @@ def _start(
 def consume_split(
     y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, together,
     num_steps, full_waves, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
-    SLOTS: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SLOTS: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile. AHEAD: as in `wide.py`."""
+    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile. SEAM: as in `wide.py`."""
     mma_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     mma_q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, 0, False)
     stage = 0
     phase = 0
     accs = (gl.zeros((64, 128), gl.float32, layout=mma_p), gl.zeros((64, 64), gl.float32, layout=mma_q))
-    m_before = num_m * (64 * GROUPS)  # no rows there: what would leave before the first tile is dropped
+    m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
     n_before = 0
     for i in range(count):
         tile = segment(i, cut, u0, u1, num_steps, full_waves, False)[0]
@@ -133,29 +117,28 @@ def consume_split(
         n_p, n_q = pieces(n)
         at_p = n_p // 128 * ws_ld
         at_q = n_q // 128 * ws_ld
-        s0 = 0
-        if AHEAD:
-            accs, stage, phase = _start(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_desc, y_bufs, full, empty,
-                                        bias_ptr, stage, phase, at_p, at_q, m_before, n_before, N, WG, GROUPS, STAGES,
-                                        SLOTS, HAS_BIAS, mma_p, mma_q)  # fmt: skip
-            s0 += 1
+        chunks = num_steps // U
+        first = 0
+        leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
+        if SEAM:
+            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                         phase, at_p, at_q, WG, GROUPS, U, STAGES, True, HAS_BIAS, mma_p,
+                                         mma_q)  # fmt: skip
+            first = 1
             m_before = m
             n_before = n
         else:
             accs = (gl.zeros((64, 128), gl.float32, layout=mma_p), gl.zeros((64, 64), gl.float32, layout=mma_q))
-        chunks = (num_steps - s0) // U
-        for c in range(chunks):
-            at = s0 + c * U
-            accs, stage, phase = _blocks(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at_p + at, at_q + at, WG, GROUPS, U, STAGES, mma_p, mma_q)  # fmt: skip
-        for s in range(s0 + chunks * U, num_steps):
-            accs, stage, phase = _blocks(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
-                                         at_p + s, at_q + s, WG, GROUPS, 1, STAGES, mma_p, mma_q)  # fmt: skip
-        if not AHEAD:
-            store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, SLOTS, HAS_BIAS)
-            store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, SLOTS, HAS_BIAS)
-    if AHEAD:
-        n_p, n_q = pieces(n_before)
-        store(accs[0], y_desc, y_bufs, bias_ptr, m_before, n_p, N, 0, WG, SLOTS, HAS_BIAS)
-        store(accs[1], y_desc, y_bufs, bias_ptr, m_before, n_q, N, 2, WG, SLOTS, HAS_BIAS)
+        for c in range(first, chunks):
+            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                         phase, at_p + c * U, at_q + c * U, WG, GROUPS, U, STAGES, False, HAS_BIAS, mma_p,
+                                         mma_q)  # fmt: skip
+        for s in range(chunks * U, num_steps):
+            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
+                                         phase, at_p + s, at_q + s, WG, GROUPS, 1, STAGES, False, HAS_BIAS, mma_p,
+                                         mma_q)  # fmt: skip
+        if not SEAM:
+            _leave(accs, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
+    if SEAM:
+        _leave(accs, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)
     tma.store_wait(0)

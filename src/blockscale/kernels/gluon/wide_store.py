@@ -40,3 +40,14 @@ def store(
         hi = gl.convert_layout(hi, half)
         _store_unit(lo, y_desc, y_bufs, WG * SLOTS + UNIT % SLOTS, bias_ptr, m, n, N, SLOTS, HAS_BIAS)
         _store_unit(hi, y_desc, y_bufs, WG * SLOTS + (UNIT + 1) % SLOTS, bias_ptr, m, n + 64, N, SLOTS, HAS_BIAS)
+
+
+@gluon.jit
+def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Piece p of a tile of equal pieces into y. leaving: (descriptor of y, staging buffer, bias, N, the tile's first row
+    of this warpgroup, its first column)."""
+    y_desc, y_bufs, bias_ptr, N, m, n = leaving
+    P: gl.constexpr = accs[p].shape[1]
+    SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
+    UNIT: gl.constexpr = p * P // y_desc.block_type.shape[1]
+    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS)
