@@ -18,9 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
 from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
@@ -60,6 +58,9 @@ def _consume(
     count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 0
+    left = (count - cut) * num_steps + u1 - u0  # steps to come
+    if WAY == "t" or WAY == "l":
+        mbarrier.wait(full.index(0), 0, pred=left > 0)
     accs = zeros(PIECES, P, mma)
     m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
     n_before = 0
@@ -72,26 +73,29 @@ def _consume(
         next_scales = ws_ld
         if WAY == "l":
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
-        chunks = (s1 - s0) // U
-        first = 0
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
         if SEAM:
+            left -= 1
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at, next_scales, start, WG, GROUPS, STEP, U, STAGES, WAY, True,
-                                                HAS_BIAS, mma)  # fmt: skip
-            first = 1
+                                                phase, at, next_scales, start, left, WG, GROUPS, STEP, 1, STAGES, WAY,
+                                                True, HAS_BIAS, mma)  # fmt: skip
+            s0 += 1
             m_before = m
             n_before = n
         else:
             accs = zeros(PIECES, P, mma)
-        for c in range(first, chunks):
+        chunks = (s1 - s0) // U
+        for c in range(chunks):
+            left -= U
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at + (s0 + c * U) * STEP, next_scales, start, WG, GROUPS, STEP,
-                                                U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
-        for s in range(s0 + chunks * U, s1):
-            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at + s * STEP, next_scales, start, WG, GROUPS, STEP, 1, STAGES,
-                                                WAY, False, HAS_BIAS, mma)  # fmt: skip
+                                                phase, at + (s0 + c * U) * STEP, next_scales, start, left, WG, GROUPS,
+                                                STEP, U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+        if U > 1:
+            for s in range(s0 + chunks * U, s1):
+                left -= 1
+                accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
+                                                    stage, phase, at + s * STEP, next_scales, start, left, WG, GROUPS,
+                                                    STEP, 1, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
         whole = True
         if STREAM_K:
             if s1 - s0 < num_steps:
@@ -136,7 +140,7 @@ def _consumer(
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, SEAM, HAS_BIAS)  # fmt: skip
+                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
@@ -283,7 +287,7 @@ def launch(
         "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
-        "SEAM": grid.full_waves > 1 and not grid.cut_tiles and ceil_div(k, 128) >= config.unroll,
+        "SEAM": config.way in "tl" and grid.full_waves > 1 and not grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
         "EARLY": config.pdl and config.early and early,

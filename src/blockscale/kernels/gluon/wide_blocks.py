@@ -43,9 +43,8 @@ def _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at, partial, j: gl.constexp
 
 @gluon.jit
 def _blocks_overlapped(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
-    mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG: gl.constexpr, GROUPS: gl.constexpr,
+    STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a one-piece tile. at: flat index of the first weight scale.
 
@@ -63,9 +62,6 @@ def _blocks_overlapped(
         for j in gl.static_range(STEP):
             started, started_scale = _start(x_bufs, w_bufs, xs_bufs, ws_boxes, stage, at + u * STEP, spare, j, WG,
                                             GROUPS, STEP, rows)  # fmt: skip
-            if SEAM and u + j == 0:
-                leave(accs, 0, leaving, WG, GROUPS, HAS_BIAS)
-                acc = gl.zeros(acc.shape, gl.float32, layout=mma)
             if u + j > 0:
                 spare = warpgroup_mma_wait(1, deps=(busy,))
                 if j == 0:
@@ -92,9 +88,8 @@ def _scale_row(start, p: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _blocks_rotating(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
-    mma: gl.constexpr,
+    accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
+    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile of several pieces, each with partial products of its own: while one piece is promoted the
     others multiply. Tiles need not be a power of two wide."""
@@ -132,9 +127,6 @@ def _blocks_rotating(
                     ws_boxes, stage * 2 + r, at + r * ws_ld + i // STEP * STEP, i % STEP, rows
                 )
                 scales = put(scales, p, scale)
-                if SEAM and i == 0:
-                    leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
-                    accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
         if i < COUNT and i % STEP == STEP - 1:
             held = stage
             stage, phase = advance(stage, phase, STAGES)
@@ -143,70 +135,50 @@ def _blocks_rotating(
 
 @gluon.jit
 def _blocks_in_turn(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
-    mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, left,
+    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
-    The registers saved make room for twice the columns.
+    The registers saved make room for twice the columns. The first step is there already; each waits for the next one
+    while its last piece is multiplied, so that nothing lies between a promotion and the products that follow it. left:
+    steps of this program that come after these.
+
+    WAY "l": weight scales by plain loads, which arrive while the tensor cores work: no shared memory for them, and two
+    TMA requests a k-block less. ws_ld: from a piece's scales to the next one's.
     """
     PIECES: gl.constexpr = len(accs)
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
     for u in gl.static_range(U):
-        mbarrier.wait(full.index(stage), phase)
         for j in gl.static_range(STEP):
             x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
+            held = stage
             for p in gl.static_range(PIECES):
-                w = w_bufs.index((stage * STEP + j) * PIECES + p).permute((1, 0))
+                w = w_bufs.index((held * STEP + j) * PIECES + p).permute((1, 0))
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
-                    x_scale = xs_bufs.index(stage * STEP + j).slice(WG * 64, 64).load(rows)
-                r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
-                slot = stage * (2 if PIECES > 1 else 1) + r
-                scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
+                    x_scale = xs_bufs.index(held * STEP + j).slice(WG * 64, 64).load(rows)
+                if WAY == "l":
+                    scale = x_scale * load_scale(ws_boxes, at + u + p * ws_ld)
+                else:
+                    r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
+                    slot = held * (2 if PIECES > 1 else 1) + r
+                    scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
                 if SEAM and u + j == 0:
                     leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
                     accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
+                if j == STEP - 1 and p == PIECES - 1:
+                    stage, phase = advance(stage, phase, STAGES)
+                    if u < U - 1:
+                        mbarrier.wait(full.index(stage), phase)
+                    else:
+                        mbarrier.wait(full.index(stage), phase, pred=left > 0)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
                 if j == STEP - 1 and p == PIECES - 1:
-                    mbarrier.arrive(empty.index(stage), count=1)
+                    mbarrier.arrive(empty.index(held), count=1)
                 accs = put(accs, p, promote_rows(accs[p], partial, scale))
-        stage, phase = advance(stage, phase, STAGES)
-    return accs, stage, phase
-
-
-@gluon.jit
-def _blocks_in_turn_loading(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_ptr, full, empty, stage, phase, at, ws_ld, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """As `_blocks_in_turn`, with weight scales by plain loads, which arrive while the tensor cores work: no shared
-    memory for them, and two TMA requests a k-block less. ws_ld: from a piece's scales to the next one's."""
-    PIECES: gl.constexpr = len(accs)
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
-    for u in gl.static_range(U):
-        w_scales = ()
-        for p in gl.static_range(PIECES):
-            w_scales = w_scales + (load_scale(ws_ptr, at + u + p * ws_ld),)
-        mbarrier.wait(full.index(stage), phase)
-        x = x_rows(x_bufs, stage, WG, GROUPS)
-        for p in gl.static_range(PIECES):
-            w = w_bufs.index(stage * PIECES + p).permute((1, 0))
-            busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
-            if p == 0:
-                x_scale = xs_bufs.index(stage).slice(WG * 64, 64).load(rows)
-            scale = x_scale * w_scales[p]
-            if SEAM and u == 0:
-                leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
-                accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
-            partial = warpgroup_mma_wait(0, deps=(busy,))
-            if p == PIECES - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
-            accs = put(accs, p, promote_rows(accs[p], partial, scale))
-        stage, phase = advance(stage, phase, STAGES)
     return accs, stage, phase
 
 
@@ -248,23 +220,20 @@ def plus_stored(accs, part):
 
 @gluon.jit
 def multiply_steps(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, WG: gl.constexpr,
-    GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr,
-    SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, left,
+    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
 
-    SEAM: they are its first, and `accs` the tile before's, on its way into y (`wide_store.leave`).
+    SEAM: they are its first, and `accs` the tile before's, on its way into y (`wide_store.leave`); in turn alone.
     """
     if WAY == "o" and len(accs) == 1:
-        return _blocks_overlapped(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG,
-                                  GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
+        return _blocks_overlapped(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, WG, GROUPS,
+                                  STEP, U, STAGES, mma)  # fmt: skip
     elif WAY == "o":
-        return _blocks_rotating(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                                start, WG, GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
-    elif WAY == "l":
-        return _blocks_in_turn_loading(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at,
-                                       ws_ld, WG, GROUPS, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
+        return _blocks_rotating(accs, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start,
+                                WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, WG, GROUPS, STEP, U, STAGES, SEAM, HAS_BIAS, mma)  # fmt: skip
+                               start, left, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip

@@ -37,24 +37,13 @@ def fetch_split(w_desc, wq_desc, ws_desc, p_bufs, q_bufs, ws_bufs, bar, stage, n
 
 
 @gluon.jit
-def _leave(accs, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Both pieces of a tile into y; leaving: as in `wide_store.leave`."""
-    y_desc, y_bufs, bias_ptr, N, m, n = leaving
-    n_p, n_q = pieces(n)
-    SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
-    store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, SLOTS, HAS_BIAS)
-    store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, SLOTS, HAS_BIAS)
-
-
-@gluon.jit
 def _blocks(
-    accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
-    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
-    mma_p: gl.constexpr, mma_q: gl.constexpr,
+    accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
+    GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
     """U k-blocks of a tile of 192 columns: 128 ("p") are promoted while 64 ("q") are multiplied, and vice versa.
 
-    at_p, at_q: flat index of the first weight scale of each. SEAM: as in `wide_blocks.py`.
+    at_p, at_q: flat index of the first weight scale of each.
     """
     rows_p: gl.constexpr = gl.SliceLayout(1, mma_p)
     rows_q: gl.constexpr = gl.SliceLayout(1, mma_q)
@@ -86,10 +75,6 @@ def _blocks(
         if i < U:
             busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), done_q, use_acc=False, is_async=True)
             scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q + i, 0, rows_q)
-            if SEAM and i == 0:
-                _leave(accs, leaving, WG, GROUPS, HAS_BIAS)
-                acc_p = gl.zeros(acc_p.shape, gl.float32, layout=mma_p)
-                acc_q = gl.zeros(acc_q.shape, gl.float32, layout=mma_q)
             held = stage
             stage, phase = advance(stage, phase, STAGES)
     return (acc_p, acc_q), stage, phase
@@ -99,17 +84,14 @@ def _blocks(
 def consume_split(
     y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, together,
     num_steps, full_waves, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
-    SLOTS: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile. SEAM: as in `wide.py`."""
+    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile."""
     mma_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     mma_q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
     count, cut, u0, u1 = segments(num_m * num_n, num_steps, full_waves, 0, False)
     stage = 0
     phase = 0
-    accs = (gl.zeros((64, 128), gl.float32, layout=mma_p), gl.zeros((64, 64), gl.float32, layout=mma_q))
-    m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
-    n_before = 0
     for i in range(count):
         tile = segment(i, cut, u0, u1, num_steps, full_waves, False)[0]
         m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, 192)
@@ -117,28 +99,14 @@ def consume_split(
         n_p, n_q = pieces(n)
         at_p = n_p // 128 * ws_ld
         at_q = n_q // 128 * ws_ld
+        accs = (gl.zeros((64, 128), gl.float32, layout=mma_p), gl.zeros((64, 64), gl.float32, layout=mma_q))
         chunks = num_steps // U
-        first = 0
-        leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
-        if SEAM:
-            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                         phase, at_p, at_q, WG, GROUPS, U, STAGES, True, HAS_BIAS, mma_p,
-                                         mma_q)  # fmt: skip
-            first = 1
-            m_before = m
-            n_before = n
-        else:
-            accs = (gl.zeros((64, 128), gl.float32, layout=mma_p), gl.zeros((64, 64), gl.float32, layout=mma_q))
-        for c in range(first, chunks):
-            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                         phase, at_p + c * U, at_q + c * U, WG, GROUPS, U, STAGES, False, HAS_BIAS, mma_p,
-                                         mma_q)  # fmt: skip
+        for c in range(chunks):
+            accs, stage, phase = _blocks(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                         at_p + c * U, at_q + c * U, WG, GROUPS, U, STAGES, mma_p, mma_q)  # fmt: skip
         for s in range(chunks * U, num_steps):
-            accs, stage, phase = _blocks(accs, leaving, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                         phase, at_p + s, at_q + s, WG, GROUPS, 1, STAGES, False, HAS_BIAS, mma_p,
-                                         mma_q)  # fmt: skip
-        if not SEAM:
-            _leave(accs, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
-    if SEAM:
-        _leave(accs, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)
+            accs, stage, phase = _blocks(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
+                                         at_p + s, at_q + s, WG, GROUPS, 1, STAGES, mma_p, mma_q)  # fmt: skip
+        store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, SLOTS, HAS_BIAS)
+        store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, SLOTS, HAS_BIAS)
     tma.store_wait(0)
