@@ -58,15 +58,16 @@ def _consume(
     count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
     stage = 0
     phase = 0
-    left = (count - cut) * num_steps + u1 - u0  # steps to come
+    total = (count - cut) * num_steps + u1 - u0
+    done = 0
     if WAY == "t" or WAY == "l":
-        mbarrier.wait(full.index(0), 0, pred=left > 0)
+        mbarrier.wait(full.index(0), 0, pred=total > 0)
     accs = zeros(PIECES, P, mma)
     m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
     n_before = 0
+    tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
+    m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
     for i in range(count):
-        tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
@@ -75,27 +76,27 @@ def _consume(
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
         if SEAM:
-            left -= 1
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at, next_scales, start, left, WG, GROUPS, STEP, 1, STAGES, WAY,
-                                                True, HAS_BIAS, mma)  # fmt: skip
+                                                phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
+                                                STAGES, WAY, True, HAS_BIAS, mma)  # fmt: skip
             s0 += 1
+            done += 1
             m_before = m
             n_before = n
         else:
             accs = zeros(PIECES, P, mma)
         chunks = (s1 - s0) // U
         for c in range(chunks):
-            left -= U
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at + (s0 + c * U) * STEP, next_scales, start, left, WG, GROUPS,
-                                                STEP, U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+                                                phase, at + (s0 + c * U) * STEP, next_scales, start, done, total, WG,
+                                                GROUPS, STEP, U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+            done += U
         if U > 1:
             for s in range(s0 + chunks * U, s1):
-                left -= 1
                 accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
-                                                    stage, phase, at + s * STEP, next_scales, start, left, WG, GROUPS,
-                                                    STEP, 1, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+                                                    stage, phase, at + s * STEP, next_scales, start, done, total, WG,
+                                                    GROUPS, STEP, 1, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+                done += 1
         whole = True
         if STREAM_K:
             if s1 - s0 < num_steps:
@@ -125,6 +126,8 @@ def _consume(
             if whole:
                 for p in gl.static_range(PIECES):
                     leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
+        tile, s0, s1 = segment(gl.minimum(i + 1, count - 1), cut, u0, u1, num_steps, full_waves, STREAM_K)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
     if SEAM:
         for p in gl.static_range(PIECES):
             leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)

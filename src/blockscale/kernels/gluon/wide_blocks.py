@@ -135,15 +135,16 @@ def _blocks_rotating(
 
 @gluon.jit
 def _blocks_in_turn(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, left,
-    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
+    total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
     WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
-    The registers saved make room for twice the columns. The first step is there already; each waits for the next one
-    while its last piece is multiplied, so that nothing lies between a promotion and the products that follow it. left:
-    steps of this program that come after these.
+    The registers saved make room for twice the columns. Nothing lies between a promotion and the products that follow
+    it: a step's operands are there when it begins, for it waits for the next one's while its last piece is multiplied,
+    and it gives those of the step before back then, too. done, total: steps of this program
+    before these, and all of them.
 
     WAY "l": weight scales by plain loads, which arrive while the tensor cores work: no shared memory for them, and two
     TMA requests a k-block less. ws_ld: from a piece's scales to the next one's.
@@ -169,15 +170,19 @@ def _blocks_in_turn(
                 if SEAM and u + j == 0:
                     leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
                     accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
+                if j == 0 and p == PIECES - 1:
+                    before = empty.index(gl.where(held == 0, STAGES - 1, held - 1))
+                    if u == 0:
+                        mbarrier.arrive(before, count=1, pred=done > 0)
+                    else:
+                        mbarrier.arrive(before, count=1)
                 if j == STEP - 1 and p == PIECES - 1:
                     stage, phase = advance(stage, phase, STAGES)
                     if u < U - 1:
                         mbarrier.wait(full.index(stage), phase)
                     else:
-                        mbarrier.wait(full.index(stage), phase, pred=left > 0)
+                        mbarrier.wait(full.index(stage), phase, pred=done + U < total)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
-                if j == STEP - 1 and p == PIECES - 1:
-                    mbarrier.arrive(empty.index(held), count=1)
                 accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
 
@@ -220,8 +225,8 @@ def plus_stored(accs, part):
 
 @gluon.jit
 def multiply_steps(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, left,
-    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
+    total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
     WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
@@ -236,4 +241,4 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, left, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip
+                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip
