@@ -137,7 +137,7 @@ def _blocks_rotating(
 def _blocks_in_turn(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
     total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
@@ -168,9 +168,9 @@ def _blocks_in_turn(
                     slot = held * (2 if PIECES > 1 else 1) + r
                     scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
                 if SEAM and u + j == 0:
-                    leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
+                    leave(accs, p, leaving, WG, GROUPS, TRIAL, HAS_BIAS)
                     accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
-                if j == 0 and p == PIECES - 1:
+                if TRIAL & 4 and j == 0 and p == 0:
                     before = empty.index(gl.where(held == 0, STAGES - 1, held - 1))
                     if u == 0:
                         mbarrier.arrive(before, count=1, pred=done > 0)
@@ -183,6 +183,8 @@ def _blocks_in_turn(
                     else:
                         mbarrier.wait(full.index(stage), phase, pred=done + U < total)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
+                if not (TRIAL & 4) and j == STEP - 1 and p == PIECES - 1:
+                    mbarrier.arrive(empty.index(held), count=1)
                 accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
 
@@ -227,7 +229,7 @@ def plus_stored(accs, part):
 def multiply_steps(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
     total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
 
@@ -241,4 +243,4 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip
+                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, TRIAL, HAS_BIAS, mma)  # fmt: skip

@@ -31,7 +31,7 @@ def _store_unit(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, SLOTS: gl.constexp
 @gluon.jit
 def store(
     acc, y_desc, y_bufs, bias_ptr, m, n, N, UNIT: gl.constexpr, WG: gl.constexpr, SLOTS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TRIAL: gl.constexpr = 0,
 ):  # fmt: skip
     """One piece of y, in units as wide as a slot of the staging buffer. UNIT: units of the tile that came before.
 
@@ -46,7 +46,7 @@ def store(
         hi = gl.convert_layout(hi, half)
         first = WG * SLOTS + UNIT % SLOTS
         second = WG * SLOTS + (UNIT + 1) % SLOTS
-        if SLOTS == 1:
+        if SLOTS == 1 or not TRIAL & 2:
             _store_unit(lo, y_desc, y_bufs, first, bias_ptr, m, n, N, SLOTS, HAS_BIAS)
             _store_unit(hi, y_desc, y_bufs, second, bias_ptr, m, n + 64, N, SLOTS, HAS_BIAS)
         else:  # both behind one fence
@@ -61,11 +61,11 @@ def store(
 
 
 @gluon.jit
-def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
+def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr):
     """Piece p of a tile of equal pieces into y. leaving: (descriptor of y, staging buffer, bias, N, the tile's first row
     of this warpgroup, its first column)."""
     y_desc, y_bufs, bias_ptr, N, m, n = leaving
     P: gl.constexpr = accs[p].shape[1]
     SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
     UNIT: gl.constexpr = p * P // y_desc.block_type.shape[1]
-    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS)
+    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS, TRIAL)
