@@ -64,7 +64,7 @@ class Wide:
     @property
     def piece(self) -> int:
         """Width of one piece: columns of one wgmma. Of the first, where the second is half as wide ("s")."""
-        return 128 if self.way == "s" else min(self.bn & -self.bn, 128)
+        return 128 if self.way == "s" else min(self.bn & -self.bn, min(64, self.bn // 2) if self.way == "d" else 128)
 
     @property
     def pieces(self) -> int:
@@ -73,7 +73,7 @@ class Wide:
     @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""
-        return min(self.piece, 64 if self.way in "sl" or self.staging < 128 else 128)
+        return min(self.piece, 64 if self.way in "sld" or self.staging < 128 else 128)
 
     @property
     def slots(self) -> int:
@@ -84,7 +84,7 @@ class Wide:
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
-        scale_rows = 0 if self.way == "l" else 2 if self.pieces > 1 else 1
+        scale_rows = 0 if self.way in "ld" else 2 if self.pieces > 1 else 1
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
@@ -222,7 +222,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(?:-t(\d+))?(-nopdl|-late)?"
+    r"wide-(\d+)([ostld])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(?:-t(\d+))?(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

@@ -60,7 +60,7 @@ def _consume(
     phase = 0
     total = (count - cut) * num_steps + u1 - u0
     done = 0
-    if WAY == "t" or WAY == "l":
+    if WAY == "t" or WAY == "l" or WAY == "d":
         mbarrier.wait(full.index(0), 0, pred=total > 0)
     accs = zeros(PIECES, P, mma)
     m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
@@ -75,8 +75,8 @@ def _consume(
         at = n // 128 * ws_ld
         start = n % 128
         next_scales = ws_ld
-        if WAY == "l":
-            next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
+        if WAY == "l" or WAY == "d":
+            next_scales = gl.where(n - start + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
@@ -169,7 +169,7 @@ def wide_kernel(
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
-    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" else 2 if PIECES > 1 else 1
+    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" or WAY == "d" else 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     x_boxes = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
     if GROUPS == 3:  # no power of two
@@ -183,7 +183,7 @@ def wide_kernel(
     else:
         q_bufs = w_bufs  # never touched
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    if WAY == "l":
+    if WAY == "l" or WAY == "d":
         ws_bufs = xs_bufs  # never touched
         ws_boxes = ws_ptr
     else:
@@ -295,7 +295,7 @@ def launch(
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
         "TRIAL": 0,
-        "SEAM": config.way in "tl" and grid.full_waves > 1 and not grid.cut_tiles,
+        "SEAM": config.way in "tld" and grid.full_waves > 1 and not grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
         "EARLY": config.pdl and config.early and early,

@@ -150,42 +150,49 @@ def _blocks_in_turn(
     TMA requests a k-block less. ws_ld: from a piece's scales to the next one's.
     """
     PIECES: gl.constexpr = len(accs)
+    P: gl.constexpr = accs[0].shape[1]
+    SETS: gl.constexpr = 2 if WAY == "d" else 1
+    COUNT: gl.constexpr = U * STEP * PIECES
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    partial = gl.zeros(accs[0].shape, gl.float32, layout=mma)
-    for u in gl.static_range(U):
-        for j in gl.static_range(STEP):
-            x = x_rows(x_bufs, stage * STEP + j, WG, GROUPS)
-            held = stage
-            for p in gl.static_range(PIECES):
-                w = w_bufs.index((held * STEP + j) * PIECES + p).permute((1, 0))
-                busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
+    partials = zeros(SETS, P, mma)
+    scales = zeros_like_rows(SETS, rows)
+    held = stage
+    for b in gl.static_range(U * STEP + 1):
+        for p in gl.static_range(PIECES):
+            if b * PIECES + p >= SETS and b * PIECES + p < COUNT + SETS:
+                done_q = warpgroup_mma_wait(min(SETS, COUNT - (b * PIECES + p - SETS)) - 1,
+                                            deps=(partials[(b * PIECES + p) % SETS],))  # fmt: skip
+                if (b * PIECES + p - SETS) % (PIECES * STEP) == PIECES * STEP - 1:
+                    mbarrier.arrive(empty.index(held), count=1)
+                promoted = promote_rows(accs[(p - SETS) % PIECES], done_q, scales[(b * PIECES + p) % SETS])
+                accs = put(accs, (p - SETS) % PIECES, promoted)
+                partials = put(partials, (b * PIECES + p) % SETS, done_q)
+            if b < U * STEP:
+                w = w_bufs.index((stage * STEP + b % STEP) * PIECES + p).permute((1, 0))
+                x = x_rows(x_bufs, stage * STEP + b % STEP, WG, GROUPS)
+                busy = warpgroup_mma(x, w, partials[(b * PIECES + p) % SETS], use_acc=False, is_async=True)
+                partials = put(partials, (b * PIECES + p) % SETS, busy)
                 if p == 0:
-                    x_scale = xs_bufs.index(held * STEP + j).slice(WG * 64, 64).load(rows)
-                if WAY == "l":
-                    scale = x_scale * load_scale(ws_boxes, at + u + p * ws_ld)
-                else:
-                    r = _scale_row(start, p, accs[0].shape[1]) if PIECES > 1 else 0
-                    slot = held * (2 if PIECES > 1 else 1) + r
-                    scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
-                if SEAM and u + j == 0:
+                    x_scale = xs_bufs.index(stage * STEP + b % STEP).slice(WG * 64, 64).load(rows)
+                if WAY == "t":
+                    r = _scale_row(start, p, P) if PIECES > 1 else 0
+                    slot = stage * (2 if PIECES > 1 else 1) + r
+                    w_scale = weight_scale(ws_boxes, slot, at + r * ws_ld + b // STEP * STEP, b % STEP, rows)
+                elif PIECES * P % 128 != 0:
+                    w_scale = load_scale(ws_boxes, at + b + (start + p * P) // 128 * ws_ld)
+                elif p * P % 128 == 0:
+                    w_scale = load_scale(ws_boxes, at + b + p * P // 128 * ws_ld)
+                scales = put(scales, (b * PIECES + p) % SETS, x_scale * w_scale)
+                if SEAM and b == 0:
                     leave(accs, p, leaving, WG, GROUPS, TRIAL, HAS_BIAS)
-                    accs = put(accs, p, gl.zeros(accs[0].shape, gl.float32, layout=mma))
-                if TRIAL & 4 and j == 0 and p == 0:
-                    before = empty.index(gl.where(held == 0, STAGES - 1, held - 1))
-                    if u == 0:
-                        mbarrier.arrive(before, count=1, pred=done > 0)
-                    else:
-                        mbarrier.arrive(before, count=1)
-                if j == STEP - 1 and p == PIECES - 1:
+                    accs = put(accs, p, gl.zeros((64, P), gl.float32, layout=mma))
+                if p == PIECES - 1 and b % STEP == STEP - 1:
+                    held = stage
                     stage, phase = advance(stage, phase, STAGES)
-                    if u < U - 1:
+                    if b < U * STEP - 1:
                         mbarrier.wait(full.index(stage), phase)
                     else:
                         mbarrier.wait(full.index(stage), phase, pred=done + U < total)
-                partial = warpgroup_mma_wait(0, deps=(busy,))
-                if not (TRIAL & 4) and j == STEP - 1 and p == PIECES - 1:
-                    mbarrier.arrive(empty.index(held), count=1)
-                accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
 
 
