@@ -17,17 +17,18 @@ from .config import Config, Swap, Wide, ceil_div, wide_grid
 
 MOST_SWAPPED = 32  # tokens; with more, tiles of 64 tokens are faster as they stand
 MOST_NARROW = 512  # rows; with 1024, tiles of 64 columns took 1.5 times as long a k-block
+MANY_ROWS = 1024  # from here on there are many waves
 MOST_PARTS = 4
 MOST_SPLIT = 6
-LONG_K = 4096  # from here on weight scales by TMA are 1-3 % faster than by plain loads
 LAUNCH_US = 1.76
 BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
 TILE_US = 0.66  # the end of a tile, for each 128 columns of it; a third more for each other warpgroup
+SEAM = 0.47  # times that, where it overlaps the next tile's first k-block
 BLOCK_US = {
     1: {16: 0.093, 32: 0.117, 64: 0.155, 96: 0.26, 128: 0.257, 160: 0.337, 192: 0.559},
-    2: {32: 0.195, 64: 0.227, 96: 0.446, 128: 0.373, 192: 0.538, 256: 0.67},
+    2: {32: 0.195, 64: 0.227, 96: 0.446, 128: 0.373, 192: 0.538, 256: 0.7},
     3: {128: 0.556},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
@@ -69,7 +70,7 @@ def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int 
     blocks, tiles = ceil_div(k, 128), config.tiles(m, n)
     read = (n * k + m * k + out_bytes * m * n) * READ_US
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
-    if grid.full_waves > 1 and m >= 1024:
+    if grid.full_waves > 1 and m >= MANY_ROWS:
         block *= THROTTLE
     tile = TILE_US * config.bn / 128 * (1 + (config.groups - 1) / 3)
     launch = LAUNCH_US - (BESIDE_US if grid.programs * 2 <= sm_count * config.per_sm else 0)
@@ -78,7 +79,8 @@ def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int 
         fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * parts
         return launch + _together(blocks / parts * block, read, BLEND) + tile + fixup
     # the last tile's end, which nothing hides, comes at last
-    compute = grid.full_waves * (blocks * block + tile) - tile
+    between = tile * SEAM if config.in_turn else tile
+    compute = grid.full_waves * blocks * block + (grid.full_waves - 1) * between
     return launch + _together(compute, read, BLEND) + tile
 
 
@@ -112,12 +114,14 @@ def _staging(columns: int, out_bytes: int) -> int:
     return columns if out_bytes <= 2 else 64
 
 
-def _widest(k: int, out_bytes: int) -> Wide:
-    """Tiles of 256 columns: with short K, what counts is not to wait for stores."""
-    unroll = _unroll(ceil_div(k, 128), 4, 1)
-    if k < LONG_K:
-        return Wide(256, unroll, 1, 2, 1, "l", staging=_staging(128, out_bytes))
-    return Wide(256, unroll, 1, 2, 1, "t")
+def _widest(out_bytes: int) -> Wide:
+    """Tiles of 128 x 256: the fewest bytes and ends of tiles for a product."""
+    return Wide(256, 1, 1, 2, 1, "l", staging=_staging(128, out_bytes))
+
+
+def _tallest(out_bytes: int) -> Wide:
+    """Tiles of 192 x 128: they fill waves of 1536 and 2112 columns."""
+    return Wide(128, 2, 1, 3, 1, "t", staging=_staging(128, out_bytes))
 
 
 def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wide]:
@@ -144,7 +148,9 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
         yield Wide(96, _unroll(blocks, 4, 1), 1, 2, 1)
     yield Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=_staging(128, out_bytes))
     yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=_staging(192, out_bytes))
-    yield _widest(k, out_bytes)
+    yield _widest(out_bytes)
+    if m >= MANY_ROWS:
+        yield _tallest(out_bytes)
 
 
 def _cut(whole: Wide, m: int, n: int, k: int, sm_count: int) -> Iterator[Wide]:
@@ -191,10 +197,7 @@ def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Co
         more += [replace(config, pdl=False), replace(config, early=False)]
         if config.bn == 128 and config.groups == 2:
             more.append(replace(config, way="t"))
-    if m >= 1024:  # many waves: how a tile is walked counts more than how it starts
-        more += [
-            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "l", staging=128),
-            Wide(256, _unroll(blocks, 4, 1), 1, 2, 1, "t"),
-            Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, "t", staging=128, pdl=False),
-        ]
+    if m >= MANY_ROWS:  # many waves: how a tile is walked counts more than how it starts
+        more += [replace(_widest(2), together=together) for together in (0, 32)]
+        more += [_tallest(2), Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=128, pdl=False)]
     return list(dict.fromkeys([*best, *more]))

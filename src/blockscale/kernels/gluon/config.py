@@ -31,7 +31,7 @@ class Wide:
         "l" in turn, with weight scales by plain loads instead of TMA: room for a second slot of y. bn 128 or 256,
             step 1.
         "s" bn 192 as a piece of 128 and one of 64 columns, each with a set of partial products; cuts no tiles.
-    unroll: k-blocks between two points where the tensor cores run dry.
+    unroll: k-blocks in the inner loop; overlapped, the tensor cores run dry after each round of it.
     parts: most programs that may share a tile of the last, partial wave; 1 cuts none.
     groups: consumer warpgroups, 1 to 3.
     step: k-blocks that are loaded and released together, 1, 2 or 4; divides ceil(K / 128).
@@ -64,16 +64,21 @@ class Wide:
     @property
     def piece(self) -> int:
         """Width of one piece: columns of one wgmma. Of the first, where the second is half as wide ("s")."""
-        return 128 if self.way == "s" else min(self.bn & -self.bn, min(64, self.bn // 2) if self.way == "d" else 128)
+        return 128 if self.way == "s" else min(self.bn & -self.bn, 128)
 
     @property
     def pieces(self) -> int:
         return 2 if self.way == "s" else self.bn // self.piece
 
     @property
+    def in_turn(self) -> bool:
+        """Whether warpgroups take turns at the tensor cores; a tile may leave while the next one begins then."""
+        return self.way in "tl"
+
+    @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""
-        return min(self.piece, 64 if self.way in "sld" or self.staging < 128 else 128)
+        return min(self.piece, 64 if self.way in "sl" or self.staging < 128 else 128)
 
     @property
     def slots(self) -> int:
@@ -84,7 +89,7 @@ class Wide:
 
     def stages(self, out_bytes: int) -> int:
         """Steps in flight, given the bytes of an element of y."""
-        scale_rows = 0 if self.way in "ld" else 2 if self.pieces > 1 else 1
+        scale_rows = 0 if self.way == "l" else 2 if self.pieces > 1 else 1
         scales = 4 * (256 if self.groups == 3 else 64 * self.groups)
         stage = self.step * ((64 * self.groups + self.bn) * 128 + scales) + scale_rows * _SCALE_BOX + _BARRIERS
         budget = (SHARED_BYTES - 1024 * (self.per_sm - 1)) // self.per_sm - _SLACK
@@ -222,7 +227,7 @@ def floats(config: Config, m: int, n: int, k: int, sm_count: int) -> int:
 
 
 _TEXT = re.compile(
-    r"wide-(\d+)([ostld])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(?:-t(\d+))?(-nopdl|-late)?"
+    r"wide-(\d+)([ostl])-u(\d+)-p(\d+)-g(\d+)-s(\d+)-x(\d+)-y(\d+)(?:-t(\d+))?(-nopdl|-late)?"
     r"|swap-(\d+)-g(\d+)-k(\d+)-x(\d+)-s(\d+)(-nopdl)?"
 )
 

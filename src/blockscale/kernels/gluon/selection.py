@@ -7,13 +7,12 @@ from dataclasses import replace
 from functools import cache
 
 from . import tables
-from .candidates import ranked
+from .candidates import MANY_ROWS, ranked
 from .config import Config, Swap, Wide, ceil_div, parse
 
 _SMALL_TILES = 64  # rows of x up to which tiles are small, and so is what stages their results
 _SHORT_K = 1024
 _ALL_X = 32  # rows of tiles of a launch with short K: their x stays in L2 while w is read once
-_MANY_ROWS = 1024
 
 
 def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config:
@@ -41,8 +40,8 @@ def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, b
     tiles = config.tiles(m, n)
     if m <= 64 or k <= (1536 if m <= 256 else _SHORT_K) or config.parts > 1:
         return True, True
-    if m > _MANY_ROWS:
-        fast = config.bn >= 192
+    if m > MANY_ROWS:
+        fast = config.bn >= 192 or config.groups == 3
         return fast, fast
     if tiles > sm_count:
         fast = m <= 256 or k < 4096

@@ -45,7 +45,7 @@ def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
@@ -60,28 +60,25 @@ def _consume(
     phase = 0
     total = (count - cut) * num_steps + u1 - u0
     done = 0
-    if WAY == "t" or WAY == "l" or WAY == "d":
+    if WAY == "t" or WAY == "l":
         mbarrier.wait(full.index(0), 0, pred=total > 0)
     accs = zeros(PIECES, P, mma)
     m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
     n_before = 0
-    tile, s0, s1 = segment(0, cut, u0, u1, num_steps, full_waves, STREAM_K)
-    m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
     for i in range(count):
-        if not TRIAL & 8:
-            tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-            m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
+        tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
+        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
         next_scales = ws_ld
-        if WAY == "l" or WAY == "d":
-            next_scales = gl.where(n - start + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
+        if WAY == "l":
+            next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
-                                                STAGES, WAY, True, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                STAGES, WAY, True, HAS_BIAS, mma)  # fmt: skip
             s0 += 1
             done += 1
             m_before = m
@@ -92,13 +89,13 @@ def _consume(
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at + (s0 + c * U) * STEP, next_scales, start, done, total, WG,
-                                                GROUPS, STEP, U, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                GROUPS, STEP, U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
             done += U
         if U > 1:
             for s in range(s0 + chunks * U, s1):
                 accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
                                                     stage, phase, at + s * STEP, next_scales, start, done, total, WG,
-                                                    GROUPS, STEP, 1, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                    GROUPS, STEP, 1, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
                 done += 1
         whole = True
         if STREAM_K:
@@ -128,13 +125,10 @@ def _consume(
         if not SEAM:
             if whole:
                 for p in gl.static_range(PIECES):
-                    leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, TRIAL, HAS_BIAS)
-        if TRIAL & 8:
-            tile, s0, s1 = segment(gl.minimum(i + 1, count - 1), cut, u0, u1, num_steps, full_waves, STREAM_K)
-            m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
+                    leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
     if SEAM:
         for p in gl.static_range(PIECES):
-            leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, TRIAL, HAS_BIAS)
+            leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)
     tma.store_wait(0)
 
 
@@ -143,7 +137,7 @@ def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
     num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
@@ -151,7 +145,7 @@ def _consumer(
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
-                 STREAM_K, SEAM, TRIAL, HAS_BIAS)  # fmt: skip
+                 STREAM_K, SEAM, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
@@ -159,7 +153,7 @@ def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
     together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
@@ -169,7 +163,7 @@ def wide_kernel(
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
-    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" or WAY == "d" else 2 if PIECES > 1 else 1
+    SCALE_ROWS: gl.constexpr = 0 if WAY == "l" else 2 if PIECES > 1 else 1
     XROWS: gl.constexpr = x_desc.block_type.shape[0]
     x_boxes = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEP * BM // XROWS, XROWS, 128], x_desc.layout)
     if GROUPS == 3:  # no power of two
@@ -183,7 +177,7 @@ def wide_kernel(
     else:
         q_bufs = w_bufs  # never touched
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS * SLOTS, 64, y_desc.block_type.shape[1]], y_desc.layout)
-    if WAY == "l" or WAY == "d":
+    if WAY == "l":
         ws_bufs = xs_bufs  # never touched
         ws_boxes = ws_ptr
     else:
@@ -200,13 +194,13 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -219,7 +213,7 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -232,10 +226,10 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -294,8 +288,7 @@ def launch(
         "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
-        "TRIAL": 0,
-        "SEAM": config.way in "tld" and grid.full_waves > 1 and not grid.cut_tiles,
+        "SEAM": config.in_turn and grid.full_waves > 1 and not grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,
         "EARLY": config.pdl and config.early and early,

@@ -3,9 +3,9 @@
 They differ in how the tensor cores are kept busy while partial products are promoted: by a second set of those
 (overlapped, rotating) or by another warpgroup (in turn).
 
-SEAM: the accumulators that come in are the tile before's, `leaving` for y: they are rounded and sent while the first
-k-block of the new tile is multiplied. Its end would otherwise leave the tensor cores idle for as long as three k-blocks
-take.
+SEAM (in turn alone): the accumulators that come in are the tile before's. They are rounded and sent off (`leaving`)
+while the first k-block of the new tile is multiplied; otherwise the tensor cores would be idle meanwhile, for as long as
+two k-blocks take.
 """
 
 # mypy: ignore-errors
@@ -135,64 +135,52 @@ def _blocks_rotating(
 
 @gluon.jit
 def _blocks_in_turn(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
-    total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
+    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
-    The registers saved make room for twice the columns. Nothing lies between a promotion and the products that follow
-    it: a step's operands are there when it begins, for it waits for the next one's while its last piece is multiplied,
-    and it gives those of the step before back then, too. done, total: steps of this program
-    before these, and all of them.
+    The registers saved make room for twice the columns. A step's operands are there when it begins, for each step waits
+    for the next one's while its last piece is multiplied: no wait lies between a promotion and the products after it.
+    That makes a loop of one step as fast as an unrolled one, and the instruction cache has to hold every warpgroup's
+    copy of it. done, total: steps of this program before these, and all of them.
 
     WAY "l": weight scales by plain loads, which arrive while the tensor cores work: no shared memory for them, and two
     TMA requests a k-block less. ws_ld: from a piece's scales to the next one's.
     """
     PIECES: gl.constexpr = len(accs)
     P: gl.constexpr = accs[0].shape[1]
-    SETS: gl.constexpr = 2 if WAY == "d" else 1
-    COUNT: gl.constexpr = U * STEP * PIECES
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    partials = zeros(SETS, P, mma)
-    scales = zeros_like_rows(SETS, rows)
-    held = stage
-    for b in gl.static_range(U * STEP + 1):
-        for p in gl.static_range(PIECES):
-            if b * PIECES + p >= SETS and b * PIECES + p < COUNT + SETS:
-                done_q = warpgroup_mma_wait(min(SETS, COUNT - (b * PIECES + p - SETS)) - 1,
-                                            deps=(partials[(b * PIECES + p) % SETS],))  # fmt: skip
-                if (b * PIECES + p - SETS) % (PIECES * STEP) == PIECES * STEP - 1:
-                    mbarrier.arrive(empty.index(held), count=1)
-                promoted = promote_rows(accs[(p - SETS) % PIECES], done_q, scales[(b * PIECES + p) % SETS])
-                accs = put(accs, (p - SETS) % PIECES, promoted)
-                partials = put(partials, (b * PIECES + p) % SETS, done_q)
-            if b < U * STEP:
-                w = w_bufs.index((stage * STEP + b % STEP) * PIECES + p).permute((1, 0))
-                x = x_rows(x_bufs, stage * STEP + b % STEP, WG, GROUPS)
-                busy = warpgroup_mma(x, w, partials[(b * PIECES + p) % SETS], use_acc=False, is_async=True)
-                partials = put(partials, (b * PIECES + p) % SETS, busy)
+    partial = gl.zeros((64, P), gl.float32, layout=mma)
+    for u in gl.static_range(U):
+        held = stage
+        for j in gl.static_range(STEP):
+            x = x_rows(x_bufs, held * STEP + j, WG, GROUPS)
+            for p in gl.static_range(PIECES):
+                w = w_bufs.index((held * STEP + j) * PIECES + p).permute((1, 0))
+                busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
-                    x_scale = xs_bufs.index(stage * STEP + b % STEP).slice(WG * 64, 64).load(rows)
-                if WAY == "t":
+                    x_scale = xs_bufs.index(held * STEP + j).slice(WG * 64, 64).load(rows)
+                if WAY == "l":
+                    scale = x_scale * load_scale(ws_boxes, at + u + p * ws_ld)
+                else:
                     r = _scale_row(start, p, P) if PIECES > 1 else 0
-                    slot = stage * (2 if PIECES > 1 else 1) + r
-                    w_scale = weight_scale(ws_boxes, slot, at + r * ws_ld + b // STEP * STEP, b % STEP, rows)
-                elif PIECES * P % 128 != 0:
-                    w_scale = load_scale(ws_boxes, at + b + (start + p * P) // 128 * ws_ld)
-                elif p * P % 128 == 0:
-                    w_scale = load_scale(ws_boxes, at + b + p * P // 128 * ws_ld)
-                scales = put(scales, (b * PIECES + p) % SETS, x_scale * w_scale)
-                if SEAM and b == 0:
-                    leave(accs, p, leaving, WG, GROUPS, TRIAL, HAS_BIAS)
+                    slot = held * (2 if PIECES > 1 else 1) + r
+                    scale = x_scale * weight_scale(ws_boxes, slot, at + r * ws_ld + u * STEP, j, rows)
+                if SEAM and u + j == 0:
+                    leave(accs, p, leaving, WG, GROUPS, HAS_BIAS)
                     accs = put(accs, p, gl.zeros((64, P), gl.float32, layout=mma))
-                if p == PIECES - 1 and b % STEP == STEP - 1:
-                    held = stage
+                if j == STEP - 1 and p == PIECES - 1:
                     stage, phase = advance(stage, phase, STAGES)
-                    if b < U * STEP - 1:
+                    if u < U - 1:
                         mbarrier.wait(full.index(stage), phase)
                     else:
                         mbarrier.wait(full.index(stage), phase, pred=done + U < total)
+                partial = warpgroup_mma_wait(0, deps=(busy,))
+                if j == STEP - 1 and p == PIECES - 1:
+                    mbarrier.arrive(empty.index(held), count=1)
+                accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
 
 
@@ -234,9 +222,9 @@ def plus_stored(accs, part):
 
 @gluon.jit
 def multiply_steps(
-    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done,
-    total, WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
+    WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
 
@@ -250,4 +238,4 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip

@@ -9,29 +9,23 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _rounded(acc, y_desc, bias_ptr, n, N, HAS_BIAS: gl.constexpr):
-    """`[64, W]` of y from its column n on, in y's dtype."""
+def _store_unit(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Round `[64, W]` of y to its dtype and send it off by TMA, which drops what lies past M and N."""
     if HAS_BIAS:
         col = n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
         bias = gl.load(bias_ptr + col, mask=col < N, other=0.0).to(gl.float32)
         acc += gl.expand_dims(bias, 0)
-    return acc.to(y_desc.dtype)
-
-
-@gluon.jit
-def _store_unit(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Round `[64, W]` of y and send it off by TMA, which drops what lies past M and N."""
-    out = _rounded(acc, y_desc, bias_ptr, n, N, HAS_BIAS)
+    staging = y_bufs.index(slot)
     tma.store_wait(SLOTS - 1)  # what was sent from this slot before has left it
-    y_bufs.index(slot).store(out)
+    staging.store(acc.to(y_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(y_desc, [m, n], y_bufs.index(slot))
+    tma.async_copy_shared_to_global(y_desc, [m, n], staging)
 
 
 @gluon.jit
 def store(
     acc, y_desc, y_bufs, bias_ptr, m, n, N, UNIT: gl.constexpr, WG: gl.constexpr, SLOTS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, TRIAL: gl.constexpr = 0,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """One piece of y, in units as wide as a slot of the staging buffer. UNIT: units of the tile that came before.
 
@@ -44,28 +38,16 @@ def store(
         half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
         lo = gl.convert_layout(lo, half)
         hi = gl.convert_layout(hi, half)
-        first = WG * SLOTS + UNIT % SLOTS
-        second = WG * SLOTS + (UNIT + 1) % SLOTS
-        if SLOTS == 1 or not TRIAL & 2:
-            _store_unit(lo, y_desc, y_bufs, first, bias_ptr, m, n, N, SLOTS, HAS_BIAS)
-            _store_unit(hi, y_desc, y_bufs, second, bias_ptr, m, n + 64, N, SLOTS, HAS_BIAS)
-        else:  # both behind one fence
-            left = _rounded(lo, y_desc, bias_ptr, n, N, HAS_BIAS)
-            right = _rounded(hi, y_desc, bias_ptr, n + 64, N, HAS_BIAS)
-            tma.store_wait(SLOTS - 2)
-            y_bufs.index(first).store(left)
-            y_bufs.index(second).store(right)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(y_desc, [m, n], y_bufs.index(first))
-            tma.async_copy_shared_to_global(y_desc, [m, n + 64], y_bufs.index(second))
+        _store_unit(lo, y_desc, y_bufs, WG * SLOTS + UNIT % SLOTS, bias_ptr, m, n, N, SLOTS, HAS_BIAS)
+        _store_unit(hi, y_desc, y_bufs, WG * SLOTS + (UNIT + 1) % SLOTS, bias_ptr, m, n + 64, N, SLOTS, HAS_BIAS)
 
 
 @gluon.jit
-def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr):
+def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
     """Piece p of a tile of equal pieces into y. leaving: (descriptor of y, staging buffer, bias, N, the tile's first row
     of this warpgroup, its first column)."""
-    y_desc, y_bufs, bias_ptr, N, m, n = leaving
+    y_desc, y_bufs, bias_ptr, N, m, n = leaving  # noqa: RUF059
     P: gl.constexpr = accs[p].shape[1]
     SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
     UNIT: gl.constexpr = p * P // y_desc.block_type.shape[1]
-    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS, TRIAL)
+    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS)
