@@ -45,7 +45,7 @@ def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
@@ -78,7 +78,7 @@ def _consume(
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
-                                                STAGES, WAY, True, HAS_BIAS, mma)  # fmt: skip
+                                                STAGES, WAY, True, TRIAL, HAS_BIAS, mma)  # fmt: skip
             s0 += 1
             done += 1
             m_before = m
@@ -89,13 +89,13 @@ def _consume(
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at + (s0 + c * U) * STEP, next_scales, start, done, total, WG,
-                                                GROUPS, STEP, U, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+                                                GROUPS, STEP, U, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
             done += U
         if U > 1:
             for s in range(s0 + chunks * U, s1):
                 accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
                                                     stage, phase, at + s * STEP, next_scales, start, done, total, WG,
-                                                    GROUPS, STEP, 1, STAGES, WAY, False, HAS_BIAS, mma)  # fmt: skip
+                                                    GROUPS, STEP, 1, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
                 done += 1
         whole = True
         if STREAM_K:
@@ -137,7 +137,7 @@ def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
     num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
@@ -145,7 +145,7 @@ def _consumer(
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
-                 STREAM_K, SEAM, HAS_BIAS)  # fmt: skip
+                 STREAM_K, SEAM, TRIAL, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
@@ -153,7 +153,7 @@ def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
     together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
@@ -194,13 +194,13 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -213,7 +213,7 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -226,10 +226,10 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -288,6 +288,7 @@ def launch(
         "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
+        "TRIAL": int(__import__("os").environ.get("TRIAL","0")),
         "SEAM": config.in_turn and grid.full_waves > 1 and not grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,

@@ -137,7 +137,7 @@ def _blocks_rotating(
 def _blocks_in_turn(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
     WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
@@ -161,9 +161,19 @@ def _blocks_in_turn(
                 w = w_bufs.index((held * STEP + j) * PIECES + p).permute((1, 0))
                 busy = warpgroup_mma(x, w, partial, use_acc=False, is_async=True)
                 if p == 0:
+                    if WAY == "l":
+                        w_scales = ()
+                        for q in gl.static_range(PIECES):
+                            w_scales = w_scales + (load_scale(ws_boxes, at + u + q * ws_ld),)
+                    if TRIAL & 1 and j == 0:
+                        before = empty.index(gl.where(held == 0, STAGES - 1, held - 1))
+                        if u == 0:
+                            mbarrier.arrive(before, count=1, pred=done > 0)
+                        else:
+                            mbarrier.arrive(before, count=1)
                     x_scale = xs_bufs.index(held * STEP + j).slice(WG * 64, 64).load(rows)
                 if WAY == "l":
-                    scale = x_scale * load_scale(ws_boxes, at + u + p * ws_ld)
+                    scale = x_scale * w_scales[p]
                 else:
                     r = _scale_row(start, p, P) if PIECES > 1 else 0
                     slot = held * (2 if PIECES > 1 else 1) + r
@@ -178,7 +188,7 @@ def _blocks_in_turn(
                     else:
                         mbarrier.wait(full.index(stage), phase, pred=done + U < total)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
-                if j == STEP - 1 and p == PIECES - 1:
+                if not TRIAL & 1 and j == STEP - 1 and p == PIECES - 1:
                     mbarrier.arrive(empty.index(held), count=1)
                 accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
@@ -224,7 +234,7 @@ def plus_stored(accs, part):
 def multiply_steps(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
     WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
 
@@ -238,4 +248,4 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, HAS_BIAS, mma)  # fmt: skip
+                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, TRIAL, HAS_BIAS, mma)  # fmt: skip
