@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
-from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
+from .device import linger, make_barriers, partial_offsets, partition_barrier, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
 from .wide_load import produce
@@ -75,6 +75,14 @@ def _consume(
         if WAY == "l":
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
+        if WG == 1 and TRIAL & 16:
+            if i == 0:
+                linger(gl.to_tensor(300) + i * 0)
+        if WG == 1 and TRIAL & 32:
+            linger(gl.to_tensor(300) + i * 0)
+        if WG == 1 and TRIAL & 64:
+            if i == 0:
+                linger(gl.to_tensor(600) + i * 0)
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
