@@ -40,7 +40,7 @@ def quantized(rows: int, k: int, fmt: str) -> BlockScaled:
     [
         ("swap-16-g2-k2-x1-s2", (16, 576, 2048), BF16, True),
         ("wide-64o-u4-p2-g2-s1-x1-y64", (130, 576, 1024), torch.float32, False),
-        ("wide-256t-u2-p1-g2-s1-x1-y64", (300, 576, 1024), BF16, False),
+        ("wide-256l-u4-p1-g2-s1-x1-y128", (300, 34176, 1024), BF16, False),  # several waves
         ("wide-128t-u4-p3-g1-s1-x2-y64", (64, 576, 1024), BF16, False),
     ],
 )

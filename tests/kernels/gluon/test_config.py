@@ -97,7 +97,7 @@ def test_grids(config: Wide, shape: tuple[int, int, int], grid: Grid) -> None:
     [
         "wide-128o-u8-p1-g2-s1-x1-y64",
         "wide-256t-u4-p3-g1-s1-x2-y128-nopdl",
-        "wide-256l-u4-p1-g2-s1-x1-y128-t32-late",
+        "wide-256l-u1-p1-g2-s1-x1-y128-t32-late",
         "swap-16-g1-k4-x2-s2",
         "swap-8-g2-k0-x1-s1-nopdl",
     ],

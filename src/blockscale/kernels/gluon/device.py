@@ -124,13 +124,3 @@ def partial_offsets(ROWS: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr
     register = (((row >> 3) & 1) * (COLS // 8) + (col >> 3)) * 2 + (col & 1)
     thread = (row >> 4) * 32 + (row & 7) * 4 + ((col >> 1) & 3)
     return register * 128 + thread
-
-
-@gluon.jit
-def linger(cycles):
-    """Spin for that many cycles (trial)."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 a, b; mov.u32 a, %clock; SPIN: mov.u32 b, %clock; sub.u32 b, b, a; "
-        "setp.lt.u32 p, b, $1; @p bra SPIN; mov.u32 $0, b; }",
-        "=r,r", [cycles], dtype=gl.int32, is_pure=False, pack=1,
-    )

@@ -132,14 +132,16 @@ def interleaved(graphs: Mapping[str, torch.cuda.CUDAGraph], calls: int, rounds: 
     for captured in graphs.values():
         captured.replay()
     torch.cuda.synchronize()
-    first = next(iter(graphs.values()))
-    for _ in range(rounds):
-        # on an idle GPU the first one's time would hold the host's time to launch it: something runs before it
-        first.replay()
-        for name, captured in graphs.items():
+    names = list(graphs)
+    for turn in range(rounds):
+        # on an idle GPU the first one's time would hold the host's time to launch it: something runs before it. Each
+        # turn begins with another one: after an idle moment clocks are higher
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        graphs[order[-1]].replay()
+        for name in order:
             start, end = events[name]
             start.record()
-            captured.replay()
+            graphs[name].replay()
             end.record()
         torch.cuda.synchronize()
         for name, (start, end) in events.items():

@@ -23,10 +23,8 @@ def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config
     best = ranked(m, n, k, sm_count, out_bytes)[0]
     if isinstance(best, Wide):
         pdl, early = _start(best, m, n, k, sm_count)
-        one_wave = best.tiles(m, n) <= sm_count
-        way = "t" if best.bn == 128 and best.groups == 2 and one_wave else best.way
         together = _ALL_X if k <= _SHORT_K and best.bn == 256 else 0
-        return replace(best, way=way, pdl=pdl, early=early, together=together)
+        return replace(best, pdl=pdl, early=early, together=together)
     return best
 
 

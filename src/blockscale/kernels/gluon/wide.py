@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
-from .device import linger, make_barriers, partial_offsets, partition_barrier, scale_boxes
+from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
 from .wide_load import produce
@@ -45,11 +45,11 @@ def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
-    SEAM: a tile leaves while the first k-block of the next one is multiplied.
+    SEAM: a tile leaves while the first k-block of the next one is multiplied. BEHIND: see `_blocks_in_turn`.
     """
     P: gl.constexpr = w_bufs.shape[1]
     BN: gl.constexpr = P * PIECES
@@ -75,18 +75,10 @@ def _consume(
         if WAY == "l":
             next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
-        if WG == 1 and TRIAL & 16:
-            if i == 0:
-                linger(gl.to_tensor(300) + i * 0)
-        if WG == 1 and TRIAL & 32:
-            linger(gl.to_tensor(300) + i * 0)
-        if WG == 1 and TRIAL & 64:
-            if i == 0:
-                linger(gl.to_tensor(600) + i * 0)
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
-                                                STAGES, WAY, True, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                STAGES, WAY, True, BEHIND, HAS_BIAS, mma)  # fmt: skip
             s0 += 1
             done += 1
             m_before = m
@@ -97,13 +89,14 @@ def _consume(
         for c in range(chunks):
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
                                                 phase, at + (s0 + c * U) * STEP, next_scales, start, done, total, WG,
-                                                GROUPS, STEP, U, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                GROUPS, STEP, U, STAGES, WAY, False, BEHIND, HAS_BIAS, mma)  # fmt: skip
             done += U
         if U > 1:
             for s in range(s0 + chunks * U, s1):
                 accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
                                                     stage, phase, at + s * STEP, next_scales, start, done, total, WG,
-                                                    GROUPS, STEP, 1, STAGES, WAY, False, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                                                    GROUPS, STEP, 1, STAGES, WAY, False, BEHIND, HAS_BIAS,
+                                                    mma)  # fmt: skip
                 done += 1
         whole = True
         if STREAM_K:
@@ -145,7 +138,7 @@ def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
     num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
@@ -153,7 +146,7 @@ def _consumer(
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
                  num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
-                 STREAM_K, SEAM, TRIAL, HAS_BIAS)  # fmt: skip
+                 STREAM_K, SEAM, BEHIND, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
@@ -161,8 +154,8 @@ def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
     together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
@@ -202,13 +195,13 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -221,7 +214,7 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -234,10 +227,10 @@ def wide_kernel(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
-                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, TRIAL, HAS_BIAS)),
+                             GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
                              empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
                              PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
@@ -296,7 +289,7 @@ def launch(
         "SLOTS": config.slots,
         "WAY": config.way,
         "STREAM_K": grid.cut_tiles,
-        "TRIAL": int(__import__("os").environ.get("TRIAL","0")),
+        "BEHIND": config.pieces > 1 and config.unroll > config.step,
         "SEAM": config.in_turn and grid.full_waves > 1 and not grid.cut_tiles,
         "HAS_BIAS": bias is not None,
         "PDL": config.pdl,

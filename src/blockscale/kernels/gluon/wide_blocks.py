@@ -4,8 +4,8 @@ They differ in how the tensor cores are kept busy while partial products are pro
 (overlapped, rotating) or by another warpgroup (in turn).
 
 SEAM (in turn alone): the accumulators that come in are the tile before's. They are rounded and sent off (`leaving`)
-while the first k-block of the new tile is multiplied; otherwise the tensor cores would be idle meanwhile, for as long as
-two k-blocks take.
+while the first k-block of the new tile is multiplied; otherwise the tensor cores would be idle for as long as two
+k-blocks take.
 """
 
 # mypy: ignore-errors
@@ -137,14 +137,17 @@ def _blocks_rotating(
 def _blocks_in_turn(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
     WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps with one set of partial products, piece after piece: one warpgroup promotes while the others multiply.
 
     The registers saved make room for twice the columns. A step's operands are there when it begins, for each step waits
     for the next one's while its last piece is multiplied: no wait lies between a promotion and the products after it.
-    That makes a loop of one step as fast as an unrolled one, and the instruction cache has to hold every warpgroup's
-    copy of it. done, total: steps of this program before these, and all of them.
+    done, total: steps of this program before these, and all of them.
+
+    BEHIND: a step's memory is given back when the next one's first piece is under way, so that no barrier stands
+    before that; otherwise at once, so that the ring fills sooner. With U = 1 there is least code: every warpgroup has a
+    copy of its own, and the instruction cache has to hold them all.
 
     WAY "l": weight scales by plain loads, which arrive while the tensor cores work: no shared memory for them, and two
     TMA requests a k-block less. ws_ld: from a piece's scales to the next one's.
@@ -165,7 +168,7 @@ def _blocks_in_turn(
                         w_scales = ()
                         for q in gl.static_range(PIECES):
                             w_scales = w_scales + (load_scale(ws_boxes, at + u + q * ws_ld),)
-                    if TRIAL & 1 and j == 0:
+                    if BEHIND and j == 0:
                         before = empty.index(gl.where(held == 0, STAGES - 1, held - 1))
                         if u == 0:
                             mbarrier.arrive(before, count=1, pred=done > 0)
@@ -188,7 +191,7 @@ def _blocks_in_turn(
                     else:
                         mbarrier.wait(full.index(stage), phase, pred=done + U < total)
                 partial = warpgroup_mma_wait(0, deps=(busy,))
-                if not TRIAL & 1 and j == STEP - 1 and p == PIECES - 1:
+                if not BEHIND and j == STEP - 1 and p == PIECES - 1:
                     mbarrier.arrive(empty.index(held), count=1)
                 accs = put(accs, p, promote_rows(accs[p], partial, scale))
     return accs, stage, phase
@@ -234,7 +237,7 @@ def plus_stored(accs, part):
 def multiply_steps(
     accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld, start, done, total,
     WG: gl.constexpr, GROUPS: gl.constexpr, STEP: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, SEAM: gl.constexpr, TRIAL: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
+    WAY: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """U steps of a tile, in any WAY of `config.Wide` but "s". at: flat index of the first weight scale.
 
@@ -248,4 +251,5 @@ def multiply_steps(
                                 WG, GROUPS, STEP, U, STAGES, mma)  # fmt: skip
     else:
         return _blocks_in_turn(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at, ws_ld,
-                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, TRIAL, HAS_BIAS, mma)  # fmt: skip
+                               start, done, total, WG, GROUPS, STEP, U, STAGES, WAY, SEAM, BEHIND, HAS_BIAS,
+                               mma)  # fmt: skip

@@ -44,9 +44,11 @@ def store(
 
 @gluon.jit
 def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Piece p of a tile of equal pieces into y. leaving: (descriptor of y, staging buffer, bias, N, the tile's first row
-    of this warpgroup, its first column)."""
-    y_desc, y_bufs, bias_ptr, N, m, n = leaving  # noqa: RUF059
+    """Piece p of a tile of equal pieces into y.
+
+    leaving: (descriptor of y, staging buffer, bias, N, this warpgroup's first row in the tile, its first column).
+    """
+    y_desc, y_bufs, bias_ptr, N, m, n = leaving
     P: gl.constexpr = accs[p].shape[1]
     SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
     UNIT: gl.constexpr = p * P // y_desc.block_type.shape[1]
