@@ -30,10 +30,10 @@ from blockscale.reference import quantize
         (512, 5120, 3072, "wide-192s-u8-p1-g2-s1-x1-y192-late"),  # 108 tiles
         (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
         (512, 18432, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),  # three waves
-        (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128"),
+        (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128-late"),
         (4096, 7168, 2048, "wide-256l-u1-p1-g2-s1-x1-y128"),
-        (4096, 32768, 512, "wide-256l-u1-p1-g2-s1-x1-y128-t32"),
-        (4096, 2112, 7168, "wide-192s-u8-p1-g2-s1-x1-y192"),  # 11 columns of tiles, all full
+        (4096, 32768, 512, "wide-256l-u4-p1-g2-s1-x1-y128-t32"),
+        (4096, 2112, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-late"),  # 11 columns of tiles, all full
         (512, 4096, 512, "wide-128o-u4-p1-g2-s1-x1-y128"),
     ],
 )
@@ -46,7 +46,7 @@ def test_rule(m: int, n: int, k: int, config: str) -> None:
     [
         (2048, 7168, 9216, "wide-128o-u8-p1-g2-s1-x1-y64-nopdl"),  # with two bytes it stages 128 columns
         (2048, 7168, 2048, "wide-128o-u8-p1-g2-s1-x1-y64-nopdl"),
-        (4096, 7168, 8192, "wide-256l-u4-p1-g2-s1-x1-y64"),
+        (4096, 7168, 8192, "wide-256l-u4-p1-g2-s1-x1-y64-late"),
         (4096, 7168, 1024, "wide-256l-u1-p1-g2-s1-x1-y64-t32"),
         (16, 7168, 9216, "wide-64o-u8-p1-g1-s2-x1-y64"),
     ],

@@ -117,7 +117,9 @@ def _staging(columns: int, out_bytes: int) -> int:
 
 def _widest(k: int, out_bytes: int) -> Wide:
     """Tiles of 128 x 256: the fewest bytes and ends of tiles for a product."""
-    return Wide(256, 4 if k >= LONG_K else 1, 1, 2, 1, "l", staging=_staging(128, out_bytes))
+    blocks = ceil_div(k, 128)
+    unroll = 4 if k >= LONG_K else blocks if blocks <= 4 else 1
+    return Wide(256, unroll, 1, 2, 1, "l", staging=_staging(128, out_bytes))
 
 
 def _tallest(out_bytes: int) -> Wide:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import cache
 
 from . import tables
-from .candidates import MANY_ROWS, ranked
+from .candidates import LONG_K, MANY_ROWS, ranked
 from .config import Config, Swap, Wide, ceil_div, parse
 
 _SMALL_TILES = 64  # rows of x up to which tiles are small, and so is what stages their results
 _SHORT_K = 1024
-_ALL_X = 32  # rows of tiles of a launch with short K: their x stays in L2 while w is read once
+_ALL_X, _ALL_X_K = 32, 1536  # rows of tiles of a launch with short K: their x stays in L2 while w is read once
 
 
 def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config:
@@ -23,7 +23,7 @@ def by_rule(m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> Config
     best = ranked(m, n, k, sm_count, out_bytes)[0]
     if isinstance(best, Wide):
         pdl, early = _start(best, m, n, k, sm_count)
-        together = _ALL_X if k <= _SHORT_K and best.bn == 256 else 0
+        together = _ALL_X if k <= _ALL_X_K and best.bn == 256 else 0
         return replace(best, pdl=pdl, early=early, together=together)
     return best
 
@@ -40,7 +40,7 @@ def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, b
         return True, True
     if m > MANY_ROWS:
         fast = config.bn >= 192 or config.groups == 3
-        return fast, fast
+        return fast, fast and k < LONG_K
     if tiles > sm_count:
         fast = m <= 256 or k < 4096
         return fast, fast
