@@ -26,11 +26,11 @@ BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
 TILE_US = 0.66  # the end of a tile, for each 128 columns of it; a third more for each other warpgroup
-SEAM = 0.47  # times that, where it overlaps the next tile's first k-block
+SEAM = 0.47  # times that, where the next tile's first pieces hide it
 BLOCK_US = {
     1: {16: 0.093, 32: 0.117, 64: 0.155, 96: 0.26, 128: 0.257, 160: 0.337, 192: 0.559},
-    2: {32: 0.195, 64: 0.227, 96: 0.446, 128: 0.373, 192: 0.538, 256: 0.7},
-    3: {128: 0.575},
+    2: {32: 0.195, 64: 0.227, 96: 0.446, 128: 0.373, 192: 0.55, 256: 0.7},
+    3: {128: 0.545},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
 THROTTLE = 1.07  # times that, where all SMs multiply for long: the chip lowers its clock
@@ -80,7 +80,7 @@ def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int 
         fixup = CUT_US + CUT_64_US * config.groups * config.bn / 64 * parts
         return launch + _together(blocks / parts * block, read, BLEND) + tile + fixup
     # the last tile's end, which nothing hides, comes at last
-    between = tile * SEAM if config.in_turn else tile
+    between = tile * SEAM if config.in_turn and config.pieces > 1 else tile
     compute = grid.full_waves * blocks * block + (grid.full_waves - 1) * between
     return launch + _together(compute, read, BLEND) + tile
 
@@ -117,9 +117,7 @@ def _staging(columns: int, out_bytes: int) -> int:
 
 def _widest(k: int, out_bytes: int) -> Wide:
     """Tiles of 128 x 256: the fewest bytes and ends of tiles for a product."""
-    blocks = ceil_div(k, 128)
-    unroll = 4 if k >= LONG_K else blocks if blocks <= 4 else 1
-    return Wide(256, unroll, 1, 2, 1, "l", staging=_staging(128, out_bytes))
+    return Wide(256, 4 if k >= LONG_K else 1, 1, 2, 1, "l", staging=_staging(128, out_bytes))
 
 
 def _tallest(out_bytes: int) -> Wide:

@@ -75,12 +75,6 @@ class Wide:
         """Whether warpgroups take turns at the tensor cores; a tile may leave while the next one begins then."""
         return self.way in "tl"
 
-    def seam(self, k: int) -> int:
-        """Steps that are written out where a tile leaves while the next one begins: one, or all where they are few, for
-        then no loop follows. 0 where it cannot."""
-        steps = ceil_div(k, 128) // self.step
-        return 0 if not self.in_turn else steps if steps == self.unroll // self.step else 1
-
     @property
     def unit(self) -> int:
         """Columns of y that lie in one slot of the staging buffer."""

@@ -40,7 +40,7 @@ def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, b
         return True, True
     if m > MANY_ROWS:
         fast = config.bn >= 192 or config.groups == 3
-        return fast, fast and k < LONG_K
+        return fast, fast and not (config.bn == 256 and k >= LONG_K)
     if tiles > sm_count:
         fast = m <= 256 or k < 4096
         return fast, fast

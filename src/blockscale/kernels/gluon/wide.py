@@ -49,7 +49,7 @@ def _consume(
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
-    SEAM: steps of a tile in whose first k-block the tile before leaves, 0 for none. BEHIND: see `_blocks_in_turn`.
+    SEAM: a tile leaves while the first k-block of the next one is multiplied. BEHIND: see `_blocks_in_turn`.
     """
     P: gl.constexpr = w_bufs.shape[1]
     BN: gl.constexpr = P * PIECES
@@ -77,10 +77,10 @@ def _consume(
         leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
         if SEAM:
             accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at, next_scales, start, done, total, WG, GROUPS, STEP, SEAM,
+                                                phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
                                                 STAGES, WAY, True, BEHIND, HAS_BIAS, mma)  # fmt: skip
-            s0 += SEAM
-            done += SEAM
+            s0 += 1
+            done += 1
             m_before = m
             n_before = n
         else:

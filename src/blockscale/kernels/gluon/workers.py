@@ -32,8 +32,6 @@ def ragged_shapes(config: Config) -> Iterator[tuple[int, int, int]]:
         shapes = [(rows + 2, 576, 720), (200, 2112, 1024)]
         shapes += [(2 * rows, 576, 720)]  # no request for x falls short
         shapes += [(rows + 2, config.bn * 133 + 64, 720)]  # several waves: a tile leaves while the next one begins
-        if config.in_turn:  # all steps of a tile written out
-            shapes += [(rows + 2, config.bn * 133 + 64, 128 * config.unroll)]
         if config.groups == 1:  # boxes of 8, 16 and 32 rows of x; three of four boxes of 16
             shapes += [(5, 768, 2048), (12, 2112, 1024), (27, 576, 720), (48, 576, 720)]
         else:
