@@ -148,7 +148,7 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
     if m <= 256:
         yield Wide(96, _unroll(blocks, 4, 1), 1, 2, 1)
     yield Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=_staging(128, out_bytes))
-    yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=_staging(192, out_bytes))
+    yield Wide(192, _unroll(blocks, 4, 1), 1, 2, 1, "s", staging=_staging(192, out_bytes))
     yield _widest(k, out_bytes)
     if m >= MANY_ROWS:
         yield _tallest(out_bytes)
