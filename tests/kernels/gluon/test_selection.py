@@ -27,9 +27,9 @@ from blockscale.reference import quantize
         (128, 5120, 3072, "wide-64o-u8-p1-g2-s1-x1-y64-late"),  # 80 tiles: an early start, but no early weights
         (256, 2048, 5120, "wide-64o-u8-p1-g1-s2-x1-y64-nopdl"),  # 128 tiles and a long K: no early start
         (512, 2560, 8192, "wide-128o-u8-p1-g2-s1-x1-y128-late"),
-        (512, 5120, 3072, "wide-192s-u4-p1-g2-s1-x1-y192-late"),  # 108 tiles
+        (512, 5120, 3072, "wide-192s-u8-p1-g2-s1-x1-y192-late"),  # 108 tiles
         (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
-        (512, 18432, 7168, "wide-192s-u4-p1-g2-s1-x1-y192-nopdl"),  # three waves
+        (512, 18432, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),  # three waves
         (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128-late"),
         (4096, 7168, 2048, "wide-256l-u1-p1-g2-s1-x1-y128"),
         (4096, 32768, 512, "wide-256l-u1-p1-g2-s1-x1-y128-t32"),

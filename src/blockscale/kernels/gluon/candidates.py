@@ -25,6 +25,7 @@ LAUNCH_US = 1.76
 BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
+SINGLE = 0.77  # times that, for 64 x 128 with steps of one k-block, which are offered in one wave alone
 TILE_US = 0.66  # the end of a tile, for each 128 columns of it; a third more for each other warpgroup
 SEAM = 0.47  # times that, where the next tile's first pieces hide it
 BLOCK_US = {
@@ -71,6 +72,8 @@ def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int 
     blocks, tiles = ceil_div(k, 128), config.tiles(m, n)
     read = (n * k + m * k + out_bytes * m * n) * READ_US
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
+    if config.groups == 1 and config.bn == 128 and config.step == 1:
+        block *= SINGLE
     if grid.full_waves > 1 and m >= MANY_ROWS:
         block *= THROTTLE
     tile = TILE_US * config.bn / 128 * (1 + (config.groups - 1) / 3)
@@ -137,7 +140,9 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
         yield from (Wide(32, eight, 1, 1, two), Wide(96, four, 1, 1, two))
         yield from (Wide(160, four, 1, 1, two), Wide(192, four, 1, 1, two))
     if m <= MOST_NARROW:
-        yield from (Wide(64, eight, 1, 1, two), Wide(128, eight, 1, 1, two))
+        alone = Wide(128, eight, 1, 1, 1)
+        one_wave = m > 64 and alone.tiles(m, n) <= sm_count
+        yield from (Wide(64, eight, 1, 1, two), alone if one_wave else replace(alone, step=two))
     if m <= 64:
         return
     if m <= MOST_NARROW:
@@ -148,7 +153,7 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
     if m <= 256:
         yield Wide(96, _unroll(blocks, 4, 1), 1, 2, 1)
     yield Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=_staging(128, out_bytes))
-    yield Wide(192, _unroll(blocks, 4, 1), 1, 2, 1, "s", staging=_staging(192, out_bytes))
+    yield Wide(192, _unroll(blocks, 8, 1), 1, 2, 1, "s", staging=_staging(192, out_bytes))
     yield _widest(k, out_bytes)
     if m >= MANY_ROWS:
         yield _tallest(out_bytes)
