@@ -25,7 +25,6 @@ LAUNCH_US = 1.76
 BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
 """Microseconds of one byte from memory (H100; an H200 reads half as much again)."""
-SINGLE = 0.77  # times that, for 64 x 128 with steps of one k-block, which are offered in one wave alone
 TILE_US = 0.66  # the end of a tile, for each 128 columns of it; a third more for each other warpgroup
 SEAM = 0.47  # times that, where the next tile's first pieces hide it
 BLOCK_US = {
@@ -34,6 +33,7 @@ BLOCK_US = {
     3: {128: 0.545},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
+SINGLE = 0.77  # times that, for 64 x 128 with steps of one k-block in one wave
 THROTTLE = 1.07  # times that, where all SMs multiply for long: the chip lowers its clock
 CUT_US = 1.68  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
 CUT_64_US = 0.215
@@ -66,13 +66,18 @@ def _together(compute: float, read: float, blend: float) -> float:
     return float((compute**blend + read**blend) ** (1 / blend))
 
 
+def _is_single(config: Wide, m: int, n: int, sm_count: int) -> bool:
+    """Whether tiles of 64 x 128 make one wave."""
+    return m > 64 and config.groups == 1 and config.bn == 128 and config.tiles(m, n) <= sm_count
+
+
 def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> float:
     """Predicted microseconds of a wide launch. out_bytes: bytes of an element of y."""
     grid = wide_grid(config, m, n, k, sm_count)
     blocks, tiles = ceil_div(k, 128), config.tiles(m, n)
     read = (n * k + m * k + out_bytes * m * n) * READ_US
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
-    if config.groups == 1 and config.bn == 128 and config.step == 1:
+    if _is_single(config, m, n, sm_count) and config.step == 1:
         block *= SINGLE
     if grid.full_waves > 1 and m >= MANY_ROWS:
         block *= THROTTLE
@@ -140,9 +145,8 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
         yield from (Wide(32, eight, 1, 1, two), Wide(96, four, 1, 1, two))
         yield from (Wide(160, four, 1, 1, two), Wide(192, four, 1, 1, two))
     if m <= MOST_NARROW:
-        alone = Wide(128, eight, 1, 1, 1)
-        one_wave = m > 64 and alone.tiles(m, n) <= sm_count
-        yield from (Wide(64, eight, 1, 1, two), alone if one_wave else replace(alone, step=two))
+        tall = Wide(128, eight, 1, 1, two)
+        yield from (Wide(64, eight, 1, 1, two), replace(tall, step=1) if _is_single(tall, m, n, sm_count) else tall)
     if m <= 64:
         return
     if m <= MOST_NARROW:
