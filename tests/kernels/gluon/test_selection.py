@@ -24,7 +24,8 @@ from blockscale.reference import quantize
         (32, 5120, 3072, "wide-64o-u8-p1-g1-s2-x1-y64"),
         (64, 24576, 1536, "wide-64o-u6-p1-g1-s2-x1-y64"),
         (128, 512, 7168, "wide-32o-u8-p4-g1-s2-x1-y64"),  # 32 tiles, four programs each
-        (128, 5120, 3072, "wide-64o-u8-p1-g2-s1-x1-y64-late"),  # 80 tiles: an early start, but no early weights
+        (128, 5120, 3072, "wide-128o-u8-p1-g1-s1-x1-y64-late"),  # 80 tiles: an early start, but no early weights
+        (512, 1536, 7168, "wide-128o-u8-p1-g1-s1-x1-y64-nopdl"),  # 96 tiles and a long K: no early start
         (256, 2048, 5120, "wide-64o-u8-p1-g1-s2-x1-y64-nopdl"),  # 128 tiles and a long K: no early start
         (512, 2560, 8192, "wide-128o-u8-p1-g2-s1-x1-y128-late"),
         (512, 5120, 3072, "wide-192s-u8-p1-g2-s1-x1-y192-late"),  # 108 tiles

@@ -33,6 +33,7 @@ BLOCK_US = {
     3: {128: 0.545},
 }
 """Microseconds of one k-block of a tile, by warpgroups and columns."""
+SINGLE = 0.77  # times that, for 64 x 128 with steps of one k-block in one wave
 THROTTLE = 1.07  # times that, where all SMs multiply for long: the chip lowers its clock
 CUT_US = 1.68  # leave a partial tile, take a ticket, add up; and for each 64 x 64 of the tile and each part:
 CUT_64_US = 0.215
@@ -65,12 +66,19 @@ def _together(compute: float, read: float, blend: float) -> float:
     return float((compute**blend + read**blend) ** (1 / blend))
 
 
+def _is_single(config: Wide, m: int, n: int, sm_count: int) -> bool:
+    """Whether tiles of 64 x 128 make one wave."""
+    return m > 64 and config.groups == 1 and config.bn == 128 and config.tiles(m, n) <= sm_count
+
+
 def wide_us(config: Wide, m: int, n: int, k: int, sm_count: int, out_bytes: int = 2) -> float:
     """Predicted microseconds of a wide launch. out_bytes: bytes of an element of y."""
     grid = wide_grid(config, m, n, k, sm_count)
     blocks, tiles = ceil_div(k, 128), config.tiles(m, n)
     read = (n * k + m * k + out_bytes * m * n) * READ_US
     block = BLOCK_US[config.groups][config.bn] * config.per_sm
+    if _is_single(config, m, n, sm_count) and config.step == 1:
+        block *= SINGLE
     if grid.full_waves > 1 and m >= MANY_ROWS:
         block *= THROTTLE
     tile = TILE_US * config.bn / 128 * (1 + (config.groups - 1) / 3)
@@ -137,7 +145,8 @@ def _wide(m: int, n: int, k: int, sm_count: int, out_bytes: int) -> Iterator[Wid
         yield from (Wide(32, eight, 1, 1, two), Wide(96, four, 1, 1, two))
         yield from (Wide(160, four, 1, 1, two), Wide(192, four, 1, 1, two))
     if m <= MOST_NARROW:
-        yield from (Wide(64, eight, 1, 1, two), Wide(128, eight, 1, 1, two))
+        tall = Wide(128, eight, 1, 1, two)
+        yield from (Wide(64, eight, 1, 1, two), replace(tall, step=1) if _is_single(tall, m, n, sm_count) else tall)
     if m <= 64:
         return
     if m <= MOST_NARROW:

@@ -100,7 +100,7 @@ class Wide:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """(cap of a thread at launch, what consumers get when the producer gives its own away)."""
+        """(cap of a thread at launch, what consumers get when those that send give theirs away)."""
         if self.groups > 1:
             return (168, 240) if self.groups == 2 else (128, 160)
         cap = min(224, 65536 // (256 * self.per_sm) // 8 * 8)
@@ -197,7 +197,7 @@ class Swap:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """(cap of a thread at launch, what consumers get when the producer gives its own away)."""
+        """(cap of a thread at launch, what consumers get when those that send give theirs away)."""
         threads = (self.groups + 1) * 128
         cap = min(168 if self.groups == 2 else 224, 65536 // (threads * self.per_sm) // 8 * 8)
         return cap, min(240, (cap * 3 - 24) // 2 // 8 * 8)

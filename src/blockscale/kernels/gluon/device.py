@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 # triton 3.7 renamed it
 partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -106,14 +106,41 @@ def scale_boxes(bufs, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """(full, empty): the producer's bytes complete `full`, one arrival of each consumer completes `empty`."""
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers of so many arrivals, set up by all warps of the program."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def make_ring(STAGES: gl.constexpr):
+    """(full, empty, ready): the bytes that two producers announce complete `full`, an arrival of each consumer
+    completes `empty`. `ready` completes when those are set up."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    return full, empty
+    return full, empty, make_barriers(1, 1)
+
+
+@gluon.jit
+def set_up_ring(full, empty, ready, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """To be called by a partition of one warp: several synchronise after each barrier, which takes 100 cycles."""
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=2)
+        mbarrier.init(empty.index(s), count=CONSUMERS)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(0), count=1)
+
+
+@gluon.jit
+def is_last(ticket, parts):
+    """Whether this warpgroup is the last of a cut tile's `parts` to arrive. What it wrote before is visible then."""
+    partition_barrier()
+    last = gl.atomic_add(ticket, 1) == parts - 1
+    if last:
+        gl.store(ticket, 0)  # as it was found: the next launch starts from zero
+    return last
 
 
 @gluon.jit

@@ -41,6 +41,8 @@ def _start(config: Wide, m: int, n: int, k: int, sm_count: int) -> tuple[bool, b
     if m > MANY_ROWS:
         fast = config.bn >= 192 or config.groups == 3
         return fast, fast and not (config.bn == 256 and k >= LONG_K)
+    if config.groups == 1 and config.bn == 128 and 0.7 * sm_count < tiles <= sm_count and k >= 4096:
+        return False, False
     if tiles > sm_count:
         fast = m <= 256 or k < 4096
         return fast, fast

@@ -22,6 +22,7 @@ from .config import Swap, ceil_div
 from .device import (
     advance,
     make_barriers,
+    make_ring,
     partial_offsets,
     partition_barrier,
     promote_cols,
@@ -29,7 +30,7 @@ from .device import (
     weight_scale,
 )
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
-from .swap_load import produce
+from .swap_load import produce_weights, produce_x
 
 
 @gluon.jit
@@ -80,7 +81,7 @@ def _blocks(
 
 @gluon.jit
 def _consumer(
-    x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld, bias_ptr, workspace,
+    x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, ready, sums, sum_full, sum_empty, y_ptr, y_ld, bias_ptr, workspace,
     tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, WG: gl.constexpr, GROUPS: gl.constexpr,
     TOKENS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, U: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -93,6 +94,7 @@ def _consumer(
     programs = gl.num_programs(0)
     offsets = partial_offsets(64, TOKENS, mma)
     tile0 = u0 // num_steps
+    mbarrier.wait(ready.index(0), 0)
     handed = 0  # sums handed from the other warpgroups to warpgroup 0 so far
     for tile in range(tile0, (u1 - 1) // num_steps + 1):
         s0 = gl.maximum(u0 - tile * num_steps, 0)
@@ -171,10 +173,11 @@ def swap_kernel(
     xs_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * STEP, xs_desc.block_type.shape[0]], xs_desc.layout)
     ws_bufs = gl.allocate_shared_memory(ws_desc.dtype, [STAGES, ws_desc.block_type.shape[0]], ws_desc.layout)
     ws_boxes = scale_boxes(ws_bufs, STAGES)
-    full, empty = make_barriers(STAGES, 1)
+    full, empty, ready = make_ring(STAGES)
     if GROUPS > 1:
         sums = gl.allocate_shared_memory(gl.float32, [GROUPS - 1, 64, TOKENS], gl.SwizzledSharedLayout(2, 2, 4, [1, 0]))
-        sum_full, sum_empty = make_barriers(GROUPS - 1, 1)
+        sum_full = make_barriers(GROUPS - 1, 1)
+        sum_empty = make_barriers(GROUPS - 1, 1)
     else:  # never touched
         sums = xs_bufs
         sum_full = full
@@ -187,29 +190,33 @@ def swap_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
-                             bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
-                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
-                             bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 1, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
-                (produce, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
+                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, ready, sums, sum_full, sum_empty, y_ptr,
+                             y_ld, bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0,
+                             GROUPS, TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
+                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, ready, sums, sum_full, sum_empty, y_ptr,
+                             y_ld, bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 1,
+                             GROUPS, TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
+                (produce_weights, (w_desc, ws_desc, w_bufs, ws_bufs, full, empty, ready, ws_ld, u0, u1, num_m,
+                                   num_steps, STEP, STAGES, PDL and not EARLY)),
+                (produce_x, (x_desc, xs_desc, x_bufs, xs_bufs, full, empty, ready, xs_ld, u0, u1, num_m, num_steps,
+                             TOKENS, STEP, STAGES, PDL)),
             ],
-            [4, 1],
-            [CONSUMER_REGISTERS, 24],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, 24, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, sums, sum_full, sum_empty, y_ptr, y_ld,
-                             bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0, GROUPS,
-                             TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
-                (produce, (x_desc, w_desc, xs_desc, ws_desc, x_bufs, w_bufs, xs_bufs, ws_bufs, full, empty, xs_ld,
-                             ws_ld, u0, u1, num_m, num_steps, TOKENS, STEP, STAGES, PDL, EARLY)),
+                (_consumer, (x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, ready, sums, sum_full, sum_empty, y_ptr,
+                             y_ld, bias_ptr, workspace, tickets, ws_ld, M, N, u0, u1, units, num_m, num_steps, 0,
+                             GROUPS, TOKENS, STEP, STAGES, SPLIT, U, HAS_BIAS)),
+                (produce_weights, (w_desc, ws_desc, w_bufs, ws_bufs, full, empty, ready, ws_ld, u0, u1, num_m,
+                                   num_steps, STEP, STAGES, PDL and not EARLY)),
+                (produce_x, (x_desc, xs_desc, x_bufs, xs_bufs, full, empty, ready, xs_ld, u0, u1, num_m, num_steps,
+                             TOKENS, STEP, STAGES, PDL)),
             ],
-            [1],
-            [24],
+            [1, 1],
+            [24, 24],
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     y[m, n] = sum over k-blocks of  x_scale[m, kb] * w_scale[n // 128, kb] * (x[m, kb] . w[n, kb])  (+ bias[n])
 
-A program owns one SM. One warp drives TMA for everything that a k-block needs: the tile of x, that of w, and both
+A program owns one SM. Two warps drive TMA for everything that a k-block needs: the tile of x, that of w, and both
 kinds of scales, all completing on one mbarrier, so consumers never wait for a global load. Two consumer warpgroups own
 64 rows each of a 128-row tile.
 
@@ -21,23 +21,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
-from .device import make_barriers, partial_offsets, partition_barrier, scale_boxes
+from .device import is_last, make_ring, partial_offsets, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
-from .wide_load import produce
+from .wide_load import produce_weights, produce_x
 from .wide_split import consume_split
 from .wide_store import leave
 from .wide_tiles import first_unit, owner, segment, segments, tile_origin
-
-
-@gluon.jit
-def _is_last(ticket, parts):
-    """Whether this warpgroup is the last of a cut tile's `parts` to arrive. What it wrote before is visible then."""
-    partition_barrier()
-    last = gl.atomic_add(ticket, 1) == parts - 1
-    if last:
-        gl.store(ticket, 0)  # as it was found: the next launch starts from zero
-    return last
 
 
 @gluon.jit
@@ -109,7 +99,7 @@ def _consume(
                 slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * GROUPS + WG
                 for p in gl.static_range(PIECES):
                     gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
-                whole = _is_last(tickets + t * GROUPS + WG, last - first + 1)
+                whole = is_last(tickets + t * GROUPS + WG, last - first + 1)
                 if whole:
                     own = accs
                     accs = zeros(PIECES, P, mma)
@@ -135,11 +125,12 @@ def _consume(
 
 @gluon.jit
 def _consumer(
-    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-    num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr, workspace, tickets, ws_ld,
+    N, num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr,
+    PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
+    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
+    mbarrier.wait(ready.index(0), 0)
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
                       num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
@@ -186,57 +177,63 @@ def wide_kernel(
             ws_desc.dtype, [STAGES * SCALE_ROWS, ws_desc.block_type.shape[0]], ws_desc.layout
         )
         ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
-    full, empty = make_barriers(STAGES, GROUPS)
+    full, empty, ready = make_ring(STAGES)
     num_m = (M + BM - 1) // BM
     num_n = (N + BN - 1) // BN
     # the tuples are written out: constexprs do not survive in variables
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
-                             PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
+                (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
+                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   STAGES, WAY, STREAM_K, PDL and not EARLY)),
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                             num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
+            [4, 4, 1, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24, 24],
         )  # fmt: skip
     elif GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
-                             PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
+                (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
+                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   STAGES, WAY, STREAM_K, PDL and not EARLY)),
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                             num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
-            [1],
-            [24],
+            [1, 1],
+            [24, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr,
+                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (produce, (x_desc, w_desc, wq_desc, xs_desc, ws_desc, x_boxes, w_bufs, q_bufs, xs_bufs, ws_bufs, full,
-                             empty, xs_ld, ws_ld, M, num_m, num_n, together, num_steps, full_waves, dealt, GROUPS, BN,
-                             PIECES, SCALE_ROWS, STEP, STAGES, X_BOXES, WAY, STREAM_K, PDL, EARLY)),
+                (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
+                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   STAGES, WAY, STREAM_K, PDL and not EARLY)),
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                             num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
-            [4, 1],
-            [CONSUMER_REGISTERS, 24],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, 24, 24],
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM108 (compiled by Gluon: branches on constexprs)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -25,15 +24,15 @@ def pieces(n):
 
 
 @gluon.jit
-def fetch_split(w_desc, wq_desc, ws_desc, p_bufs, q_bufs, ws_bufs, bar, stage, n, kb, ws_ld, pred):
+def fetch_split(w_desc, wq_desc, ws_desc, p_bufs, q_bufs, ws_bufs, bar, stage, n, kb, ws_ld):
     """Send for the weights of one k-block and their scales."""
     n_p, n_q = pieces(n)
-    tma.async_copy_global_to_shared(w_desc, [n_p, kb * 128], bar, p_bufs.index(stage), pred=pred)
-    tma.async_copy_global_to_shared(wq_desc, [n_q, kb * 128], bar, q_bufs.index(stage), pred=pred)
+    tma.async_copy_global_to_shared(w_desc, [n_p, kb * 128], bar, p_bufs.index(stage))
+    tma.async_copy_global_to_shared(wq_desc, [n_q, kb * 128], bar, q_bufs.index(stage))
     start_p = box_start(n_p // 128 * ws_ld + kb, ws_desc.dtype)
     start_q = box_start(n_q // 128 * ws_ld + kb, ws_desc.dtype)
-    tma.async_copy_global_to_shared(ws_desc, [start_p], bar, ws_bufs.index(stage * 2), pred=pred)
-    tma.async_copy_global_to_shared(ws_desc, [start_q], bar, ws_bufs.index(stage * 2 + 1), pred=pred)
+    tma.async_copy_global_to_shared(ws_desc, [start_p], bar, ws_bufs.index(stage * 2))
+    tma.async_copy_global_to_shared(ws_desc, [start_q], bar, ws_bufs.index(stage * 2 + 1))
 
 
 @gluon.jit
@@ -41,42 +40,30 @@ def _blocks(
     accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
     GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a tile of 192 columns: 128 ("p") are promoted while 64 ("q") are multiplied, and vice versa.
+    """U k-blocks of a tile of 192 columns, 128 ("p") and 64 ("q") of them sent off together: one warpgroup promotes
+    while another multiplies.
 
     at_p, at_q: flat index of the first weight scale of each.
     """
     rows_p: gl.constexpr = gl.SliceLayout(1, mma_p)
     rows_q: gl.constexpr = gl.SliceLayout(1, mma_q)
     acc_p, acc_q = accs
-    held = stage
     done_p = gl.zeros(acc_p.shape, gl.float32, layout=mma_p)
     done_q = gl.zeros(acc_q.shape, gl.float32, layout=mma_q)
-    busy_p = done_p
-    busy_q = done_q
-    scale_p = gl.zeros((64,), gl.float32, layout=rows_p)
-    scale_q = gl.zeros((64,), gl.float32, layout=rows_q)
-    for i in gl.static_range(U + 1):
-        if i > 0:
-            done_p = warpgroup_mma_wait(1, deps=(busy_p,))
-            acc_p = promote_rows(acc_p, done_p, scale_p)
-        if i < U:
-            mbarrier.wait(full.index(stage), phase)
-            x = x_rows(x_bufs, stage, WG, GROUPS)
-            xs = xs_bufs.index(stage).slice(WG * 64, 64)
-            busy_p = warpgroup_mma(x, p_bufs.index(stage).permute((1, 0)), done_p, use_acc=False, is_async=True)
-            scale_p = xs.load(rows_p) * weight_scale(ws_boxes, stage * 2, at_p + i, 0, rows_p)
-        if i > 0:
-            if i < U:
-                done_q = warpgroup_mma_wait(1, deps=(busy_q,))
-            else:
-                done_q = warpgroup_mma_wait(0, deps=(busy_q,))
-            mbarrier.arrive(empty.index(held), count=1)
-            acc_q = promote_rows(acc_q, done_q, scale_q)
-        if i < U:
-            busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), done_q, use_acc=False, is_async=True)
-            scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q + i, 0, rows_q)
-            held = stage
-            stage, phase = advance(stage, phase, STAGES)
+    for i in gl.static_range(U):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_rows(x_bufs, stage, WG, GROUPS)
+        xs = xs_bufs.index(stage).slice(WG * 64, 64)
+        scale_p = xs.load(rows_p) * weight_scale(ws_boxes, stage * 2, at_p + i, 0, rows_p)
+        scale_q = xs.load(rows_q) * weight_scale(ws_boxes, stage * 2 + 1, at_q + i, 0, rows_q)
+        busy_p = warpgroup_mma(x, p_bufs.index(stage).permute((1, 0)), done_p, use_acc=False, is_async=True)
+        busy_q = warpgroup_mma(x, q_bufs.index(stage).permute((1, 0)), done_q, use_acc=False, is_async=True)
+        done_p = warpgroup_mma_wait(1, deps=(busy_p,))
+        acc_p = promote_rows(acc_p, done_p, scale_p)
+        done_q = warpgroup_mma_wait(0, deps=(busy_q,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        acc_q = promote_rows(acc_q, done_q, scale_q)
+        stage, phase = advance(stage, phase, STAGES)
     return (acc_p, acc_q), stage, phase
 
 
