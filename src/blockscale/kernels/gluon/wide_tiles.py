@@ -18,15 +18,12 @@ def tile_origin(tile, num_m, num_n, together, BM: gl.constexpr, BN: gl.constexpr
     A wave's tiles share operands in L2, the more the closer their rectangle is to a square. All of a group's x is read
     once a wave, and all of w once a group.
     """
-    first = 0
-    rest = tile.to(gl.uint32)  # a division takes 150 cycles, and half as many instructions without signs
-    if num_m > together:
-        group = rest // (together * num_n).to(gl.uint32)
-        rest -= group * (together * num_n).to(gl.uint32)
-        first = group.to(gl.int32) * together
-    rows = gl.minimum(num_m - first, together).to(gl.uint32)
-    col = rest // rows
-    return (first + (rest - col * rows).to(gl.int32)) * BM, col.to(gl.int32) * BN
+    per_group = together * num_n
+    group = tile // per_group
+    first = group * together
+    rows = gl.minimum(num_m - first, together)
+    rest = tile % per_group
+    return (first + rest % rows) * BM, rest // rows * BN
 
 
 @gluon.jit
