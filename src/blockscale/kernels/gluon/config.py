@@ -19,6 +19,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def inverse(b: int) -> int:
+    """2^32 / b, rounded down, in the bits of an int32: what `wide_tiles.py` divides by b with."""
+    bits = min((1 << 32) // b, (1 << 32) - 1)
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
 @dataclass(frozen=True)
 class Wide:
     """A configuration of `wide.py`: tiles of `64 * groups` tokens x `bn` weight rows.
@@ -110,6 +116,13 @@ class Wide:
     def tile_rows(self) -> int:
         """Rows of tiles that are walked together."""
         return self.together or (16 if self.bn >= 128 * self.groups else 8)
+
+    def walk(self, m: int, n: int) -> tuple[int, int, int, int]:
+        """(rows of tiles that are walked together; inverses of the tiles of such a group, of its rows, and of the rows
+        of the last group)."""
+        together, rows = self.tile_rows, ceil_div(m, 64 * self.groups)
+        last = rows - (rows - 1) // together * together
+        return together, inverse(together * ceil_div(n, self.bn)), inverse(together), inverse(last)
 
     def x_rows(self, m: int) -> int:
         """Rows of x that one TMA request brings: few that are not there, for TMA writes every row that it is asked for.

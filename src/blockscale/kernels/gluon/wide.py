@@ -33,7 +33,7 @@ from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 @gluon.jit
 def _consume(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
-    num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
     STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _consume(
     n_before = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
@@ -126,32 +126,47 @@ def _consume(
 @gluon.jit
 def _consumer(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr, workspace, tickets, ws_ld,
-    N, num_m, num_n, together, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr,
+    N, num_m, num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr,
     PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
     WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     mbarrier.wait(ready.index(0), 0)
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, together, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
+                      num_n, walk, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
     else:
         _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-                 num_m, num_n, together, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
+                 num_m, num_n, walk, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
                  STREAM_K, SEAM, BEHIND, HAS_BIAS)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["xs_ld", "ws_ld", "M", "N", "together", "num_steps", "full_waves", "dealt"])
+@gluon.jit(
+    do_not_specialize=[
+        "xs_ld",
+        "ws_ld",
+        "M",
+        "N",
+        "together",
+        "group_inverse",
+        "rows_inverse",
+        "last_inverse",
+        "num_steps",
+        "full_waves",
+        "dealt",
+    ]
+)
 def wide_kernel(
     x_desc, w_desc, wq_desc, xs_desc, ws_desc, y_desc, ws_ptr, bias_ptr, workspace, tickets, xs_ld, ws_ld, M, N,
-    together, num_steps, full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    together, group_inverse, rows_inverse, last_inverse, num_steps, full_waves, dealt, GROUPS: gl.constexpr,
+    BN: gl.constexpr, PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr,
+    U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr,
+    BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
-    together: rows of tiles that are walked together, see `wide_tiles.py`. full_waves: waves of whole tiles; with
-    STREAM_K the tiles past them are cut and dealt to `dealt` programs.
+    together and the inverses: how tiles are walked, see `Wide.walk`. full_waves: waves of whole tiles; with STREAM_K the
+    tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
@@ -178,6 +193,7 @@ def wide_kernel(
         )
         ws_boxes = scale_boxes(ws_bufs, STAGES * SCALE_ROWS)
     full, empty, ready = make_ring(STAGES)
+    walk = (together, group_inverse, rows_inverse, last_inverse)
     num_m = (M + BM - 1) // BM
     num_n = (N + BN - 1) // BN
     # the tuples are written out: constexprs do not survive in variables
@@ -185,18 +201,18 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 2,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 2,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
-                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   num_n, walk, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
                                    STAGES, WAY, STREAM_K, PDL and not EARLY)),
-                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, walk,
                              num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
             [4, 4, 1, 1],
@@ -206,12 +222,12 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
-                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   num_n, walk, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
                                    STAGES, WAY, STREAM_K, PDL and not EARLY)),
-                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, walk,
                              num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
             [1, 1],
@@ -221,15 +237,15 @@ def wide_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 0,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
-                             workspace, tickets, ws_ld, N, num_m, num_n, together, num_steps, full_waves, dealt, 1,
+                             workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
-                                   num_n, together, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
+                                   num_n, walk, num_steps, full_waves, dealt, GROUPS, BN, PIECES, SCALE_ROWS, STEP,
                                    STAGES, WAY, STREAM_K, PDL and not EARLY)),
-                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together,
+                (produce_x, (x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, walk,
                              num_steps, full_waves, dealt, GROUPS, BN, STEP, STAGES, X_BOXES, STREAM_K, PDL)),
             ],
             [4, 1, 1],
@@ -269,7 +285,7 @@ def launch(
         w_scale.stride(0),
         m,
         n,
-        config.tile_rows,
+        *config.walk(m, n),
         ceil_div(k, 128) // config.step,
         grid.full_waves,
         max(grid.dealt, 1),

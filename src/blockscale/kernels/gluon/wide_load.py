@@ -20,7 +20,7 @@ from .wide_tiles import segment, segments, tile_origin
 
 @gluon.jit
 def produce_weights(
-    w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m, num_n, together, num_steps,
+    w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m, num_n, walk, num_steps,
     full_waves, dealt, GROUPS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, SCALE_ROWS: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def produce_weights(
     phase = 1
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)[1]
+        n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN)[1]
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -58,7 +58,7 @@ def produce_weights(
 
 @gluon.jit
 def produce_x(
-    x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, together, num_steps, full_waves,
+    x_desc, xs_desc, x_boxes, xs_bufs, full, empty, ready, xs_ld, M, num_m, num_n, walk, num_steps, full_waves,
     dealt, GROUPS: gl.constexpr, BN: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, X_BOXES: gl.constexpr,
     STREAM_K: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def produce_x(
     phase = 1
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, BN)[0]
+        m = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN)[0]
         boxes = gl.minimum((M - m + XROWS - 1) // XROWS, X_BOXES)
         for kb in range(s0 * STEP, s1 * STEP, STEP):
             bar = full.index(stage)

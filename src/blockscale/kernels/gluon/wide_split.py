@@ -40,7 +40,7 @@ def _blocks(
     accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
     GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a tile of 192 columns, 128 ("p") and 64 ("q") of them sent off together: one warpgroup promotes
+    """U k-blocks of a tile of 192 columns, 128 ("p") and 64 ("q") of them sent off walk: one warpgroup promotes
     while another multiplies.
 
     at_p, at_q: flat index of the first weight scale of each.
@@ -69,7 +69,7 @@ def _blocks(
 
 @gluon.jit
 def consume_split(
-    y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, together,
+    y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, walk,
     num_steps, full_waves, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
     SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def consume_split(
     phase = 0
     for i in range(count):
         tile = segment(i, cut, u0, u1, num_steps, full_waves, False)[0]
-        m, n = tile_origin(tile, num_m, num_n, together, 64 * GROUPS, 192)
+        m, n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, 192)
         m += WG * 64
         n_p, n_q = pieces(n)
         at_p = n_p // 128 * ws_ld

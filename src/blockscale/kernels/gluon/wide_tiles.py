@@ -12,18 +12,28 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def tile_origin(tile, num_m, num_n, together, BM: gl.constexpr, BN: gl.constexpr):
+def _divide(a, b, inverse):
+    """a // b for numbers below 2^31, given the inverse of b (`config.inverse`). Without it a division takes 150 cycles,
+    and there are two before the first and the last product of every tile."""
+    quotient = gl.umulhi(a, inverse)
+    return quotient + gl.where(a - quotient * b >= b, 1, 0)
+
+
+@gluon.jit
+def tile_origin(tile, num_m, num_n, walk, BM: gl.constexpr, BN: gl.constexpr):
     """First row and column of a tile: groups of `together` tile rows; inside a group along M first, then N.
 
     A wave's tiles share operands in L2, the more the closer their rectangle is to a square. All of a group's x is read
-    once a wave, and all of w once a group.
+    once a wave, and all of w once a group. walk: (together, inverses of a group's tiles, of its rows, and of the rows
+    of the last group).
     """
-    per_group = together * num_n
-    group = tile // per_group
+    together, group_inverse, rows_inverse, last_inverse = walk
+    group = _divide(tile, together * num_n, group_inverse)
     first = group * together
     rows = gl.minimum(num_m - first, together)
-    rest = tile % per_group
-    return (first + rest % rows) * BM, rest // rows * BN
+    rest = tile - first * num_n
+    col = _divide(rest, rows, gl.where(rows == together, rows_inverse, last_inverse))
+    return (first + rest - col * rows) * BM, col * BN
 
 
 @gluon.jit
