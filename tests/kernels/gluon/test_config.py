@@ -2,7 +2,7 @@
 
 import pytest
 
-from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, parse, wide_grid
+from blockscale.kernels.gluon.config import SHARED_BYTES, Grid, Swap, Wide, inverse, parse, wide_grid
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,18 @@ def test_names_round_trip(text: str) -> None:
 def test_a_name_that_is_none_says_what_is_needed() -> None:
     with pytest.raises(ValueError, match="got 'wide-128', need e.g. 'wide-128o-u8-p1-g2-s1-x1-y64'"):
         parse("wide-128")
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 7, 8, 16, 17, 132, 264, 4095, 4096, 65537, 2**20 + 1, 2**31 - 1])
+def test_a_division_by_its_inverse_is_exact(b: int) -> None:
+    bits = inverse(b) % 2**32  # as the kernel reads it
+    assert -(2**31) <= inverse(b) < 2**31
+    for a in {0, 1, b - 1, b, b + 1, 2 * b - 1, 131 * b, 131 * b - 1, 2**31 - 1, 2**31 - 1 - b} & set(range(2**31)):
+        quotient = a * bits >> 32
+        assert quotient + (a - quotient * b >= b) == a // b
+
+
+def test_the_rows_of_the_last_group_are_walked_by_their_own_number() -> None:
+    together, group, rows, last = Wide(256, 4, way="l").walk(m=128 * 21, n=256 * 5)
+    assert (together, group, rows, last) == (16, inverse(16 * 5), inverse(16), inverse(5))
+    assert Wide(256, 4, way="l").walk(m=128 * 16, n=256)[3] == inverse(16)

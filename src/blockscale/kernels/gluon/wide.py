@@ -57,7 +57,7 @@ def _consume(
     n_before = 0
     for i in range(count):
         tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN)
+        m, n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN, SEAM)
         m += WG * 64
         at = n // 128 * ws_ld
         start = n % 128
@@ -165,8 +165,8 @@ def wide_kernel(
 ):  # fmt: skip
     """x [M, K], w [N, K] e4m3; xs column-major and ws row-major scales, flat; y [M, N]. num_steps: STEP k-blocks each.
 
-    together and the inverses: how tiles are walked, see `Wide.walk`. full_waves: waves of whole tiles; with STREAM_K the
-    tiles past them are cut and dealt to `dealt` programs.
+    together and the inverses: how tiles are walked, see `Wide.walk`. full_waves: waves of whole tiles; with STREAM_K
+    the tiles past them are cut and dealt to `dealt` programs.
     """
     P: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = 64 * GROUPS
