@@ -5,6 +5,7 @@ ranges, one a program.
 """
 
 # mypy: disable-error-code=assignment
+# ruff: noqa: SIM108 (compiled by Gluon: branches on constexprs)
 from __future__ import annotations
 
 from triton.experimental import gluon
