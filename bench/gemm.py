@@ -141,7 +141,7 @@ def measure(case: Case, plan: list[Config], peers: list[Peer], unseen: bool) -> 
     served = [p for p in peers if p.serves(case.m, case.n, case.k)]
     binds = {p.name: [p.bind(*case.operands(i)) for i in range(case.copies)] for p in served}
     ours = {str(c): bind(case, c) for c in plan}
-    times, faults = time_calls(case, {**ours, **binds}, 11 if case.m < 2048 else 7, lambda name: name in ours)
+    times, faults = time_calls(case, {**ours, **binds}, 11 if case.m < 2048 else 15, lambda name: name in ours)
     release_graph_tickets()
     tried = {c: round(t, 3) for c, t in times.items() if c in ours}
     name = picked(case)

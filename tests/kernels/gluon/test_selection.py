@@ -32,7 +32,7 @@ from blockscale.reference import quantize
         (512, 4096, 7168, "wide-128o-u8-p1-g2-s1-x1-y128-nopdl"),
         (512, 18432, 7168, "wide-192s-u8-p1-g2-s1-x1-y192-nopdl"),  # three waves
         (4096, 4096, 7168, "wide-256l-u4-p1-g2-s1-x1-y128-late"),
-        (4096, 7168, 2048, "wide-256l-u1-p1-g2-s1-x1-y128"),
+        (4096, 7168, 2048, "wide-256l-u4-p1-g2-s1-x1-y128-late"),
         (4096, 32768, 512, "wide-256l-u1-p1-g2-s1-x1-y128-t32"),
         (4096, 2112, 7168, "wide-128t-u2-p1-g3-s1-x1-y128"),  # 22 x 17 tiles: three waves, 94 % full
         (512, 4096, 512, "wide-128o-u4-p1-g2-s1-x1-y128"),

@@ -20,7 +20,7 @@ MOST_NARROW = 512  # rows; with 1024, tiles of 64 columns took 1.5 times as long
 MANY_ROWS = 1024  # from here on there are many waves
 MOST_PARTS = 4
 MOST_SPLIT = 6
-LONG_K = 4096  # from here on a tile of 256 columns gains 1 to 2 % by four k-blocks a loop, before it loses as much
+LONG_K = 2048  # from here on tiles of 256 columns gain 2 to 8 % by four k-blocks a loop; before, they lose 1 to 2 %
 LAUNCH_US = 1.76
 BESIDE_US = 0.58  # less, where the next launch fits beside this one
 READ_US = 1 / 3.22e6
@@ -208,6 +208,6 @@ def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Co
         if config.bn == 128 and config.groups == 2:
             more.append(replace(config, way="t"))
     if m >= MANY_ROWS:  # many waves: how a tile is walked counts more than how it starts
-        more += [replace(_widest(k, 2), together=together) for together in (0, 32)]
+        more += [replace(_widest(k, 2), together=32), replace(_widest(LONG_K, 2), early=False)]
         more += [_tallest(2), Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=128, pdl=False)]
     return list(dict.fromkeys([*best, *more]))
