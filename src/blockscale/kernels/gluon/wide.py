@@ -12,132 +12,18 @@ program order: same bytes whoever that is.
 """
 
 # mypy: disable-error-code=assignment
-# ruff: noqa: SIM102, SIM108 (compiled by Gluon: branches on constexprs, tuples)
+# ruff: noqa: SIM108 (compiled by Gluon: branches on constexprs, tuples)
 from __future__ import annotations
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .config import Wide, ceil_div, wide_floats, wide_grid
-from .device import is_last, make_ring, partial_offsets, scale_boxes
+from .device import make_ring, scale_boxes
 from .launch import Launch, flat, matrix, partial_tiles, take_tickets
-from .wide_blocks import multiply_steps, plus, plus_stored, zeros
+from .wide_consume import consume
 from .wide_load import produce_weights, produce_x
-from .wide_split import consume_split
-from .wide_store import leave
-from .wide_tiles import first_unit, owner, segment, segments, tile_origin
-
-
-@gluon.jit
-def _consume(
-    y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
-    num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
-
-    SEAM: a tile leaves while the first k-block of the next one is multiplied. BEHIND: see `_blocks_in_turn`.
-    """
-    P: gl.constexpr = w_bufs.shape[1]
-    BN: gl.constexpr = P * PIECES
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 32])
-    num_tiles = num_m * num_n
-    count, cut, u0, u1 = segments(num_tiles, num_steps, full_waves, dealt, STREAM_K)
-    stage = 0
-    phase = 0
-    total = (count - cut) * num_steps + u1 - u0
-    done = 0
-    if WAY == "t" or WAY == "l":
-        mbarrier.wait(full.index(0), 0, pred=total > 0)
-    accs = zeros(PIECES, P, mma)
-    m_before = num_m * (64 * GROUPS)  # past all rows: what leaves before the first tile is dropped
-    n_before = 0
-    for i in range(count):
-        tile, s0, s1 = segment(i, cut, u0, u1, num_steps, full_waves, STREAM_K)
-        m, n = tile_origin(tile, num_m, num_n, walk, 64 * GROUPS, BN, SEAM)
-        m += WG * 64
-        at = n // 128 * ws_ld
-        start = n % 128
-        next_scales = ws_ld
-        if WAY == "l":
-            next_scales = gl.where(n + 128 < N, ws_ld, 0)  # a piece past N has no scales of its own
-        leaving = (y_desc, y_bufs, bias_ptr, N, m_before, n_before)
-        if SEAM:
-            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at, next_scales, start, done, total, WG, GROUPS, STEP, 1,
-                                                STAGES, WAY, True, BEHIND, HAS_BIAS, mma)  # fmt: skip
-            s0 += 1
-            done += 1
-            m_before = m
-            n_before = n
-        else:
-            accs = zeros(PIECES, P, mma)
-        chunks = (s1 - s0) // U
-        for c in range(chunks):
-            accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty, stage,
-                                                phase, at + (s0 + c * U) * STEP, next_scales, start, done, total, WG,
-                                                GROUPS, STEP, U, STAGES, WAY, False, BEHIND, HAS_BIAS, mma)  # fmt: skip
-            done += U
-        if U > 1:
-            for s in range(s0 + chunks * U, s1):
-                accs, stage, phase = multiply_steps(accs, leaving, x_bufs, w_bufs, xs_bufs, ws_boxes, full, empty,
-                                                    stage, phase, at + s * STEP, next_scales, start, done, total, WG,
-                                                    GROUPS, STEP, 1, STAGES, WAY, False, BEHIND, HAS_BIAS,
-                                                    mma)  # fmt: skip
-                done += 1
-        whole = True
-        if STREAM_K:
-            if s1 - s0 < num_steps:
-                # every program has two slots: 0 for the tile that its range starts in, 1 for the one it ends in
-                t = u0 // num_steps + i
-                first = owner(t * num_steps, num_tiles, num_steps, full_waves, dealt)
-                last = owner((t + 1) * num_steps - 1, num_tiles, num_steps, full_waves, dealt)
-                offsets = partial_offsets(64, P, mma)
-                slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * GROUPS + WG
-                for p in gl.static_range(PIECES):
-                    gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
-                whole = is_last(tickets + t * GROUPS + WG, last - first + 1)
-                if whole:
-                    own = accs
-                    accs = zeros(PIECES, P, mma)
-                    for q in range(first, last + 1):
-                        ends_here = first_unit(q, num_tiles, num_steps, full_waves, dealt) // num_steps != t
-                        slot_q = (2 * q + gl.where(ends_here, 1, 0)) * GROUPS + WG
-                        part = workspace + slot_q * (PIECES * 64 * P) + offsets
-                        if PIECES > 1:  # no registers to hold on to its own part
-                            accs = plus_stored(accs, part)
-                        elif q == gl.program_id(0):
-                            accs = plus(accs, own)
-                        else:
-                            accs = plus_stored(accs, part)
-        if not SEAM:
-            if whole:
-                for p in gl.static_range(PIECES):
-                    leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m, n), WG, GROUPS, HAS_BIAS)
-    if SEAM:
-        for p in gl.static_range(PIECES):
-            leave(accs, p, (y_desc, y_bufs, bias_ptr, N, m_before, n_before), WG, GROUPS, HAS_BIAS)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _consumer(
-    y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr, workspace, tickets, ws_ld,
-    N, num_m, num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr,
-    PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    mbarrier.wait(ready.index(0), 0)
-    if WAY == "s":
-        consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, walk, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
-    else:
-        _consume(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N,
-                 num_m, num_n, walk, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY,
-                 STREAM_K, SEAM, BEHIND, HAS_BIAS)  # fmt: skip
 
 
 @gluon.jit(
@@ -200,13 +86,13 @@ def wide_kernel(
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 2,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
@@ -221,7 +107,7 @@ def wide_kernel(
     elif GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
@@ -236,10 +122,10 @@ def wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 0,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
-                (_consumer, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
+                (consume, (y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr,
                              workspace, tickets, ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, 1,
                              GROUPS, PIECES, STEP, STAGES, U, SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)),
                 (produce_weights, (w_desc, wq_desc, ws_desc, w_bufs, q_bufs, ws_bufs, full, empty, ready, ws_ld, num_m,
