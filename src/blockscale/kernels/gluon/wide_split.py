@@ -40,7 +40,7 @@ def _blocks(
     accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase, at_p, at_q, WG: gl.constexpr,
     GROUPS: gl.constexpr, U: gl.constexpr, STAGES: gl.constexpr, mma_p: gl.constexpr, mma_q: gl.constexpr,
 ):  # fmt: skip
-    """U k-blocks of a tile of 192 columns, 128 ("p") and 64 ("q") of them sent off walk: one warpgroup promotes
+    """U k-blocks of a tile of 192 columns, 128 ("p") and 64 ("q") of them sent off together: one warpgroup promotes
     while another multiplies.
 
     at_p, at_q: flat index of the first weight scale of each.
