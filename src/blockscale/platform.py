@@ -1,4 +1,5 @@
-"""What a device can do. The only file that asks about hardware or installed packages.
+"""What a device can do. The only file that asks about hardware or installed packages for a choice; reports have
+`environment.py`.
 
 A `Platform` is plain data, so every kernel choice can be computed, explained and tested for any device on any
 machine: `Platform.parse("xpu:bmg+triton=3.6")` describes a chip that is not here.

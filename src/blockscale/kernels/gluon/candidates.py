@@ -208,6 +208,6 @@ def candidates(m: int, n: int, k: int, sm_count: int, count: int = 6) -> list[Co
         if config.bn == 128 and config.groups == 2:
             more.append(replace(config, way="t"))
     if m >= MANY_ROWS:  # many waves: how a tile is walked counts more than how it starts
-        more += [replace(_widest(k, 2), together=32), replace(_widest(LONG_K, 2), early=False)]
+        more += [replace(_widest(k, 2), together=32), replace(_widest(k, 2), unroll=4, early=False)]
         more += [_tallest(2), Wide(128, _unroll(blocks, 8, 1), 1, 2, 1, staging=128, pdl=False)]
     return list(dict.fromkeys([*best, *more]))

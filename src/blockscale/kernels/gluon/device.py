@@ -134,16 +134,6 @@ def set_up_ring(full, empty, ready, STAGES: gl.constexpr, CONSUMERS: gl.constexp
 
 
 @gluon.jit
-def is_last(ticket, parts):
-    """Whether this warpgroup is the last of a cut tile's `parts` to arrive. What it wrote before is visible then."""
-    partition_barrier()
-    last = gl.atomic_add(ticket, 1) == parts - 1
-    if last:
-        gl.store(ticket, 0)  # as it was found: the next launch starts from zero
-    return last
-
-
-@gluon.jit
 def partial_offsets(ROWS: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr):
     """Where each element of a `[64, COLS]` wgmma accumulator lies in its workspace tile: threads of a warp adjacent."""
     row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .device import is_last, partial_offsets
+from .device import partial_offsets, partition_barrier
 from .wide_blocks import multiply_steps, plus, plus_stored, zeros
 from .wide_split import consume_split
 from .wide_store import leave
@@ -16,11 +16,21 @@ from .wide_tiles import first_unit, owner, segment, segments, tile_origin
 
 
 @gluon.jit
+def _is_last(ticket, parts):
+    """Whether this warpgroup is the last of a cut tile's `parts` to arrive. What it wrote before is visible then."""
+    partition_barrier()
+    last = gl.atomic_add(ticket, 1) == parts - 1
+    if last:
+        gl.store(ticket, 0)  # as it was found: the next launch starts from zero
+    return last
+
+
+@gluon.jit
 def _consume_tiles(
     y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets, ws_ld, N, num_m,
     num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr, WAY: gl.constexpr,
-    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, WAY: gl.constexpr, STREAM_K: gl.constexpr,
+    SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile.
 
@@ -84,7 +94,7 @@ def _consume_tiles(
                 slot = (2 * gl.program_id(0) + gl.where(i > 0, 1, 0)) * GROUPS + WG
                 for p in gl.static_range(PIECES):
                     gl.store(workspace + (slot * PIECES + p) * (64 * P) + offsets, accs[p])
-                whole = is_last(tickets + t * GROUPS + WG, last - first + 1)
+                whole = _is_last(tickets + t * GROUPS + WG, last - first + 1)
                 if whole:
                     own = accs
                     accs = zeros(PIECES, P, mma)
@@ -112,15 +122,15 @@ def _consume_tiles(
 def consume(
     y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, ready, bias_ptr, workspace, tickets, ws_ld,
     N, num_m, num_n, walk, num_steps, full_waves, dealt, WG: gl.constexpr, GROUPS: gl.constexpr,
-    PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, SLOTS: gl.constexpr,
-    WAY: gl.constexpr, STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PIECES: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr, WAY: gl.constexpr,
+    STREAM_K: gl.constexpr, SEAM: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG of a program, once its barriers are `ready`."""
     mbarrier.wait(ready.index(0), 0)
     if WAY == "s":
         consume_split(y_desc, x_bufs, w_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m,
-                      num_n, walk, num_steps, full_waves, WG, GROUPS, STAGES, U, SLOTS, HAS_BIAS)  # fmt: skip
+                      num_n, walk, num_steps, full_waves, WG, GROUPS, STAGES, U, HAS_BIAS)  # fmt: skip
     else:
         _consume_tiles(y_desc, x_bufs, w_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, workspace, tickets,
                        ws_ld, N, num_m, num_n, walk, num_steps, full_waves, dealt, WG, GROUPS, PIECES, STEP, STAGES, U,
-                       SLOTS, WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)  # fmt: skip
+                       WAY, STREAM_K, SEAM, BEHIND, HAS_BIAS)  # fmt: skip

@@ -71,7 +71,7 @@ def _blocks(
 def consume_split(
     y_desc, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, y_bufs, full, empty, bias_ptr, ws_ld, N, num_m, num_n, walk,
     num_steps, full_waves, WG: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, U: gl.constexpr,
-    SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: rows 64 * WG to 64 * WG + 63 of every tile."""
     mma_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
@@ -94,6 +94,6 @@ def consume_split(
         for s in range(chunks * U, num_steps):
             accs, stage, phase = _blocks(accs, x_bufs, p_bufs, q_bufs, xs_bufs, ws_boxes, full, empty, stage, phase,
                                          at_p + s, at_q + s, WG, GROUPS, 1, STAGES, mma_p, mma_q)  # fmt: skip
-        store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, SLOTS, HAS_BIAS)
-        store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, SLOTS, HAS_BIAS)
+        store(accs[0], y_desc, y_bufs, bias_ptr, m, n_p, N, 0, WG, GROUPS, HAS_BIAS)
+        store(accs[1], y_desc, y_bufs, bias_ptr, m, n_q, N, 2, WG, GROUPS, HAS_BIAS)
     tma.store_wait(0)

@@ -24,13 +24,14 @@ def _store_unit(acc, y_desc, y_bufs, slot, bias_ptr, m, n, N, SLOTS: gl.constexp
 
 @gluon.jit
 def store(
-    acc, y_desc, y_bufs, bias_ptr, m, n, N, UNIT: gl.constexpr, WG: gl.constexpr, SLOTS: gl.constexpr,
+    acc, y_desc, y_bufs, bias_ptr, m, n, N, UNIT: gl.constexpr, WG: gl.constexpr, GROUPS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """One piece of y, in units as wide as a slot of the staging buffer. UNIT: units of the tile that came before.
 
-    A warpgroup goes round its SLOTS. With one for each unit of a tile it never waits: it comes back a tile later.
+    A warpgroup goes round its slots. With one for each unit of a tile it never waits: it comes back a tile later.
     """
+    SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
     if acc.shape[1] == y_desc.block_type.shape[1]:
         _store_unit(acc, y_desc, y_bufs, WG * SLOTS + UNIT % SLOTS, bias_ptr, m, n, N, SLOTS, HAS_BIAS)
     else:
@@ -50,6 +51,5 @@ def leave(accs, p: gl.constexpr, leaving, WG: gl.constexpr, GROUPS: gl.constexpr
     """
     y_desc, y_bufs, bias_ptr, N, m, n = leaving
     P: gl.constexpr = accs[p].shape[1]
-    SLOTS: gl.constexpr = y_bufs.shape[0] // GROUPS
     UNIT: gl.constexpr = p * P // y_desc.block_type.shape[1]
-    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, SLOTS, HAS_BIAS)
+    store(accs[p], y_desc, y_bufs, bias_ptr, m, n + p * P, N, UNIT, WG, GROUPS, HAS_BIAS)
