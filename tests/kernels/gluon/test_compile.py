@@ -9,26 +9,14 @@ import torch
 pytest.importorskip("triton", minversion="3.6")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from aot import compile_for_hopper
+from aot import chosen, compile_for_hopper, launch
 from blockscale.formats import get_format
-from blockscale.kernels.gluon import gemm, quantize, swap, tables, wide
-from blockscale.kernels.gluon.config import Config, Wide, parse
-from blockscale.kernels.gluon.launch import Launch
-from blockscale.kernels.gluon.selection import by_rule
+from blockscale.kernels.gluon import gemm, quantize
+from blockscale.kernels.gluon.config import parse
 from blockscale.reference import quantize as quantize_tensor
 from blockscale.tensor import BlockScaled
 
 BF16 = torch.bfloat16
-
-
-def launch(config: Config, m: int, n: int, k: int, out: torch.dtype = BF16, e8m0: bool = False) -> Launch:
-    x, w = (torch.zeros(rows, k, dtype=torch.float8_e4m3fn) for rows in (m, n))
-    x_scale = torch.ones(-(-k // 128), -(-m // 4) * 4)
-    w_scale = torch.ones(-(-n // 128), -(-k // 128), dtype=torch.uint8 if e8m0 else torch.float32)
-    operands = (x, x_scale, w, w_scale, torch.zeros(n, dtype=out), torch.empty(m, n, dtype=out))
-    if isinstance(config, Wide):
-        return wide.launch(*operands, config, 132)
-    return swap.launch(*operands, config, 132)
 
 
 def quantized(rows: int, k: int, fmt: str) -> BlockScaled:
@@ -64,19 +52,7 @@ def test_a_launch_refuses_a_split_larger_than_k() -> None:
         gemm.launch(gemm.tma_scales(x), w, None, y, parse("swap-16-g1-k6-x2-s2"), 132)
 
 
-def _chosen() -> list[tuple[str, tuple[int, int, int]]]:
-    """Every configuration of the table, and what the rule gives other shapes, each with one shape that gets it."""
-    found = {}
-    for path in Path(tables.__file__).parent.glob("*.json"):
-        for key, rows in tables.read(path.stem).items():
-            n, k = map(int, key.split("x"))
-            found |= {text: (int(m), n, k) for m, text in rows.items()}
-    for n, k in ((576, 7168), (5120, 3072), (3584, 4608), (2048, 5120), (24576, 1536), (32768, 512)):
-        found |= {str(by_rule(m, n, k, 132)): (m, n, k) for m in (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)}
-    return sorted(found.items())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("text", "shape"), _chosen())
+@pytest.mark.parametrize(("text", "shape"), chosen())
 def test_everything_that_may_be_chosen_compiles(text: str, shape: tuple[int, int, int]) -> None:
     assert compile_for_hopper(launch(parse(text), *shape)).metadata.shared <= 232448
