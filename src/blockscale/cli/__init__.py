@@ -17,6 +17,7 @@ import typer
 from .. import observe, verdicts
 from ..errors import BlockscaleError
 from ..version import __version__
+from ._ranks import follows, let_the_first_speak
 
 app = typer.Typer(
     name="blockscale",
@@ -24,6 +25,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+_UsageError: type = typer.BadParameter.__mro__[1]
+"""click's, for which typer has no public name."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,13 +59,27 @@ def main() -> None:
     try:
         observe.configure()  # variables that no command may overlook, whatever it does
         verdicts.switch()
-        app()
+        _run()
     except BlockscaleError as e:
+        let_the_first_speak()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
+        let_the_first_speak()
         print(f"error: {e.strerror or e}: {e.filename}" if e.filename else f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _run() -> None:
+    """The app, which prints what is wrong with options and arguments itself and ends with 2; on later ranks, later."""
+    if follows():
+        try:
+            sys.exit(app(standalone_mode=False))
+        except Exception as e:
+            if not isinstance(e, _UsageError):
+                raise
+        let_the_first_speak()
+    app()
