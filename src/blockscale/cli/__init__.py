@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .. import observe, verdicts
+from .. import interrupt, observe, verdicts
 from ..errors import BlockscaleError
 from ..version import __version__
 from ._ranks import follows, let_the_first_speak
@@ -57,6 +57,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode: "?", and no traceback after the work
     try:
+        interrupt.restore()
         observe.configure()  # variables that no command may overlook, whatever it does
         verdicts.switch()
         _run()
