@@ -12,7 +12,8 @@ from blockscale import reference
 from blockscale.checkpoint import dequantize_checkpoint, open_checkpoint, quantize_checkpoint
 from blockscale.errors import CheckpointError
 from blockscale.integrations import transformers as integration
-from blockscale.integrations.transformers import measure
+from blockscale.integrations.transformers import filling, measure
+from blockscale.integrations.transformers.binding import Slot
 from blockscale.nn import BlockDiagonalLinear
 from makers import make_deepseek_v4, make_qwen3_moe
 
@@ -194,9 +195,9 @@ def test_every_format_that_quantize_writes_loads_and_saves_back(ragged, tmp_path
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("fmt", ["fp8_row", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "fp8_row", "mxfp4", "nvfp4"])
 def test_a_grouped_projection_keeps_every_level_of_its_scales(tmp_path, fmt):
-    """Stored as one matrix, held as one for each group: NVFP4's second level is all groups'."""
+    """Stored as one matrix, held as one for each group: a tensor's one scale, NVFP4's second level are all groups'."""
     make_deepseek_v4(tmp_path / "v4", hash_layers=0, mtp=False)
     dequantize_checkpoint(tmp_path / "v4", tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "stored", fmt, only=("*.wo_a",))
@@ -211,6 +212,15 @@ def test_a_grouped_projection_keeps_every_level_of_its_scales(tmp_path, fmt):
     model.save_pretrained(tmp_path / "saved")
     before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "fp8_row", "nvfp4"])
+def test_a_grouped_projection_copied_to_a_device_is_the_same(fmt):
+    """A CPU takes the bytes where they lie; elsewhere they are copied into the module's own."""
+    stored = blockscale.quantize(torch.randn(8, 32), fmt)
+    empty = blockscale.quantize(torch.ones(2, 4, 32), fmt)
+    filling._copy(filling._shaped(stored, empty), empty, Slot(None))
+    assert torch.equal(reference.dequantize(empty), reference.dequantize(stored).view(2, 4, 32))
 
 
 HERE = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
