@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "blockscale"
 FLOOR = {
-    "errors": 0, "version": 0, "package_ops": 0,
+    "errors": 0, "version": 0, "package_ops": 0, "interrupt": 0,
     "formats": 1, "environment": 1, "observe": 1, "verdicts": 1,
     "tensor": 2, "numerics": 2, "platform": 2, "policy": 3, "checks": 3,
     "layouts": 3, "contract": 3, "reference": 4, "fakes": 4,

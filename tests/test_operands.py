@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import blockscale
-from blockscale import BlockscaleError, DtypeError, ShapeError, UnknownNameError
+from blockscale import BlockscaleError, DtypeError, ShapeError, UnknownNameError, checks
 
 ENDS = torch.tensor([2, 4], dtype=torch.int32)
 
@@ -82,3 +82,41 @@ def test_quantize_has_a_fake_for_every_format(name):
     x = torch.randn(4, 576)
     run = torch.compile(lambda x: blockscale.quantize(x, name).scale, fullgraph=True, backend="eager")
     assert torch.equal(run(x).view(torch.uint8), blockscale.quantize(x, name).scale.view(torch.uint8))
+
+
+X, STACK = torch.randn(4, 576), blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128")
+EXPERTS = {
+    "grouped_linear": (X, ENDS),
+    "masked_linear": (X.view(2, 2, 576), ENDS // 2),
+    "gathered_linear": (X, ENDS.new_zeros(4, 2)),
+}
+
+
+@pytest.mark.parametrize("call", [*EXPERTS, "module"])
+def test_experts_ask_their_operands_once(call, monkeypatch):
+    asked, where = [], checks.where
+    monkeypatch.setattr(checks, "where", lambda op, x, rows: (asked.append(op), where(op, x, rows)))
+    if call == "module":
+        blockscale.nn.StackedLinear(STACK)(X, ENDS)
+    else:
+        x, rows = EXPERTS[call]
+        getattr(blockscale, call)(x, STACK, rows)
+    assert asked == ["grouped_linear" if call == "module" else call]
+
+
+@pytest.mark.parametrize("op", EXPERTS)
+def test_an_op_that_is_called_by_itself_asks_too(op):
+    """A kernel would read past the end of x, or take floats for rows."""
+    x, rows = EXPERTS[op]
+    run = getattr(torch.ops.blockscale, op)
+    how = (192, 576, "fp8_128x128", "row", "checkpoint", "")
+    run(x, STACK.data, STACK.scale, None, None, rows, *how)
+    with pytest.raises(ShapeError, match=rf"{op}: needs x .*, got .*575\]"):
+        run(x[..., 1:], STACK.data, STACK.scale, None, None, rows, *how)
+    with pytest.raises(DtypeError, match="needs int32, got torch.float32"):
+        run(x, STACK.data, STACK.scale, None, None, rows.float(), *how)
+
+
+def test_a_module_asks_where_no_op_runs():
+    with pytest.raises(ShapeError, match=r"needs x \[T, K\], w \[E, N, K\] and offsets \[E\], got \[4, 575\]"):
+        blockscale.nn.StackedLinear(STACK).to("meta")(torch.empty(4, 575, device="meta"), ENDS.to("meta"))

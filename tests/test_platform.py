@@ -67,6 +67,15 @@ def test_a_missing_device_is_an_error():
         detect("cuda")
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_device_with_a_number_too_high_is_an_error(kind, monkeypatch):
+    module = getattr(torch, kind)
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(module, "device_count", lambda: 2)
+    with pytest.raises(BlockscaleError, match=rf"device {kind}:2: torch .* finds 2 of this kind on this machine"):
+        detect(f"{kind}:2")
+
+
 def test_a_package_of_ops_that_is_half_there_is_said_and_one_that_is_not_there_is_not(monkeypatch):
     def missing(name):
         def import_module(module):

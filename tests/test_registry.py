@@ -58,6 +58,11 @@ def test_names_and_priorities_are_unique_for_each_op():
     assert set(by_op) == set(registry.OPS)
 
 
+def test_no_kernel_has_a_method_that_its_op_does_not_have():
+    """`bind` takes the parts of one weight: an op for stacks of experts that inherits it would compute nonsense."""
+    assert {kernel.op for kernel in kernels() if hasattr(kernel, "bind")} == {"linear"}
+
+
 def test_every_op_has_a_last_resort_everywhere():
     for kernel in kernels():
         if kernel.name.startswith("reference."):

@@ -9,6 +9,7 @@ torch.Size([4, 192])
 
 import os
 
+from . import interrupt as _interrupt  # noqa: F401  # first of all, before torch
 from . import nn
 from .errors import (
     BlockscaleError,

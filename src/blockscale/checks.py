@@ -1,7 +1,8 @@
 """What must hold of operands before a kernel sees them: it would read past an end, or take one dtype for another.
 
-Each raises ShapeError or DtypeError with what was got and what is needed. Public functions ask where the caller stands;
-the ops behind them ask about experts again, since modules come to them directly.
+Each raises ShapeError or DtypeError with what was got and what is needed. Public functions and modules ask where the
+caller stands. The ops behind them ask about experts too, for those who call them by themselves; a plain eager call has
+been asked and passes them by (`shortcut.experts`).
 """
 
 from __future__ import annotations
@@ -58,29 +59,29 @@ def fits(op: str, bias: Tensor | None, w: _Shape) -> None:
         raise DtypeError(f"{op}: bias needs float32, bfloat16 or float16, got {bias.dtype}")
 
 
-def grouped(x: _Shape, w: BlockScaled, offsets: Tensor) -> None:
+def grouped(x: _Shape, w: _Shape, offsets: Tensor) -> None:
     """Shapes of `grouped_linear`."""
-    if len(w.shape) != 3 or len(x) != 2 or x[1] != w.shape[2] or offsets.shape != (w.shape[0],):
+    if len(w) != 3 or len(x) != 2 or x[1] != w[2] or offsets.shape != (w[0],):
         raise ShapeError(
-            f"grouped_linear: needs x [T, K], w [E, N, K] and offsets [E], got {list(x)}, {list(w.shape)} and "
+            f"grouped_linear: needs x [T, K], w [E, N, K] and offsets [E], got {list(x)}, {list(w)} and "
             f"{list(offsets.shape)}"
         )
 
 
-def masked(x: _Shape, w: BlockScaled, counts: Tensor) -> None:
+def masked(x: _Shape, w: _Shape, counts: Tensor) -> None:
     """Shapes of `masked_linear`."""
-    if len(w.shape) != 3 or len(x) != 3 or (x[0], x[2]) != (w.shape[0], w.shape[2]) or counts.shape != (w.shape[0],):
+    if len(w) != 3 or len(x) != 3 or (x[0], x[2]) != (w[0], w[2]) or counts.shape != (w[0],):
         raise ShapeError(
-            f"masked_linear: needs x [E, C, K], w [E, N, K] and counts [E], got {list(x)}, {list(w.shape)} and "
+            f"masked_linear: needs x [E, C, K], w [E, N, K] and counts [E], got {list(x)}, {list(w)} and "
             f"{list(counts.shape)}"
         )
 
 
-def gathered(x: _Shape, w: BlockScaled, ids: Tensor) -> None:
+def gathered(x: _Shape, w: _Shape, ids: Tensor) -> None:
     """Shapes of `gathered_linear`."""
-    if len(w.shape) != 3 or len(x) != 2 or x[1] != w.shape[2] or ids.dim() != 2 or ids.shape[0] != x[0]:
+    if len(w) != 3 or len(x) != 2 or x[1] != w[2] or ids.dim() != 2 or ids.shape[0] != x[0]:
         raise ShapeError(
-            f"gathered_linear: needs x [T, K], w [E, N, K] and ids [T, k], got {list(x)}, {list(w.shape)} and "
+            f"gathered_linear: needs x [T, K], w [E, N, K] and ids [T, k], got {list(x)}, {list(w)} and "
             f"{list(ids.shape)}"
         )
 

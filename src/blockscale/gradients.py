@@ -26,11 +26,11 @@ def linear(x: Tensor, *args: Any) -> Tensor:
 
 
 def grouped_linear(x: Tensor, *args: Any) -> Tensor:
-    """`OPS.grouped_linear` that knows its gradient."""
+    """`OPS.grouped_linear` that knows its gradient; for operands that the caller has checked."""
     refuse_tangents("grouped_linear", x)
     if wanted(x):
         return cast(Tensor, _StraightThrough.apply(x, *args[:5], None, *args[5:]))  # type: ignore[no-untyped-call]
-    return shortcut.grouped_linear(x, *args)
+    return shortcut.experts("grouped_linear", x, *args)
 
 
 def wanted(*operands: Tensor | None) -> bool:

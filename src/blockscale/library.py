@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -135,30 +135,26 @@ def _experts(
     op: str, x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
     where: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """`where` says which expert has which row. Checked here, since modules come without a check of their own, and a
-    kernel would read past the end of x or of `where`."""
+    """`where` says which expert has which row. Checked here, since anyone may call an op, and a kernel would read past
+    the end of x or of `where`."""
+    _CHECKS[op](x.shape, (scale.shape[0], n, k), where)
+    checks.where(op, x, where)
+    return run_experts(op, x, data, scale, global_scale, input_scale, where, n, k, format, layout, numerics, kernel)
+
+
+def run_experts(
+    op: str, x: Tensor, data: Tensor, scale: Tensor, global_scale: Tensor | None, input_scale: Tensor | None,
+    where: Tensor, n: int, k: int, format: str, layout: str, numerics: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    """An op for experts, whose operands have been checked."""
     experts, static = scale.shape[0], input_scale is not None
     problem, plan, fmt = bind_weight(op, x.dtype, x.device, experts, static, n, k, format, layout, numerics, kernel)
     w = BlockScaled.trusted(data, scale, fmt, layout, (experts, n, k), global_scale, input_scale)
-    _CHECKS[op](x.shape, w, where)
-    checks.where(op, x, where)
     shape = where.shape if op == "gathered_linear" else x.shape[:-1]
     rows = math.prod(shape)
     if rows == 0:
         return x.new_empty(*shape, n)
     return cast(Tensor, call(plan.pick(rows), problem, rows, x, w, where))
-
-
-def _grouped_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("grouped_linear", x, *args)
-
-
-def _masked_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("masked_linear", x, *args)
-
-
-def _gathered_linear(x: Tensor, *args: Any) -> Tensor:
-    return _experts("gathered_linear", x, *args)
 
 
 def _matmul(
@@ -273,9 +269,7 @@ def _stack(parts: tuple[Tensor, ...], lead: torch.Size) -> Tensor:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
-    "grouped_linear": _grouped_linear,
-    "masked_linear": _masked_linear,
-    "gathered_linear": _gathered_linear,
+    **{op: partial(_experts, op) for op in _CHECKS},
     "linear_input_grad": _linear_input_grad,
     "matmul": _matmul,
     "dense_linear": _dense_linear,

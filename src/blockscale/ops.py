@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ def grouped_linear(
     Raises ShapeError, DtypeError, UnknownNameError or NoKernelError.
     """
     checks.stored("grouped_linear", "w", w)
-    checks.grouped(x.shape, w, offsets)
+    checks.grouped(x.shape, w.shape, offsets)
     checks.operands("grouped_linear", x, w)
     checks.where("grouped_linear", x, offsets)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
@@ -201,12 +201,12 @@ def masked_linear(
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
     checks.stored("masked_linear", "w", w)
-    checks.masked(x.shape, w, counts)
+    checks.masked(x.shape, w.shape, counts)
     checks.operands("masked_linear", x, w)
     checks.where("masked_linear", x, counts)
     gradients.refuse("masked_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
-    return cast(Tensor, library.OPS.masked_linear(x, *parts, counts, *_how(w, numerics, kernel)))
+    return shortcut.experts("masked_linear", x, *parts, counts, *_how(w, numerics, kernel))
 
 
 def gathered_linear(
@@ -219,12 +219,12 @@ def gathered_linear(
     Raises ShapeError, DtypeError or NoKernelError; BlockscaleError where a gradient is asked for.
     """
     checks.stored("gathered_linear", "w", w)
-    checks.gathered(x.shape, w, ids)
+    checks.gathered(x.shape, w.shape, ids)
     checks.operands("gathered_linear", x, w)
     checks.where("gathered_linear", x, ids)
     gradients.refuse("gathered_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
-    return cast(Tensor, library.OPS.gathered_linear(x, *parts, ids, *_how(w, numerics, kernel)))
+    return shortcut.experts("gathered_linear", x, *parts, ids, *_how(w, numerics, kernel))
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

@@ -149,6 +149,17 @@ def named_device(device: torch.device | str) -> torch.device:
         raise BlockscaleError(f"device {device!r}: need cpu, cuda, xpu or another that torch knows") from e
 
 
+def require(device: torch.device) -> None:
+    """Raises BlockscaleError unless torch finds this CUDA or XPU device here; of other kinds nothing is known."""
+    if device.type not in ("cuda", "xpu"):
+        return
+    module = torch.cuda if device.type == "cuda" else torch.xpu
+    if not module.is_available():
+        raise BlockscaleError(f"device {device}: torch {torch.__version__} finds none on this machine")
+    if device.index is not None and device.index >= (count := module.device_count()):
+        raise BlockscaleError(f"device {device}: torch {torch.__version__} finds {count} of this kind on this machine")
+
+
 def identity(found: Platform) -> str:
     """Key of everything that could change a kernel's results: device, driver, versions, the kernels' own files."""
     files = sorted(p for p in Path(__file__).parent.glob("kernels/**/*") if p.suffix in (".py", ".so"))
@@ -166,7 +177,7 @@ def _detect(device: torch.device) -> Platform:
     if device.type == "cpu":
         return Platform("cpu", _cpu_arch(), (*versions, *_cpu_native()))
     if device.type == "cuda":
-        _require(torch.cuda.is_available(), device)
+        require(device)
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             return Platform("rocm", properties.gcnArchName.split(":")[0], (*versions, ("hip", torch.version.hip)))
@@ -174,7 +185,7 @@ def _detect(device: torch.device) -> Platform:
         versions += [("chip", re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-"))]
         return Platform("cuda", f"sm_{properties.major}{properties.minor}", tuple(versions))
     if device.type == "xpu":
-        _require(torch.xpu.is_available(), device)
+        require(device)
         arch = _xpu_arch(torch.xpu.get_device_properties(device).name)
         errors, ops = package_ops.installed()
         verdict = ("scaled_mm", probe_scaled_mm(device))
@@ -193,11 +204,6 @@ def apart(kind: str, count: int) -> list[str]:
     return [
         f"device {a} does not reach the memory of {b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)
     ]
-
-
-def _require(available: bool, device: torch.device) -> None:
-    if not available:
-        raise BlockscaleError(f"device {device}: torch {torch.__version__} finds none on this machine")
 
 
 def _packages() -> list[tuple[str, str]]:

@@ -113,7 +113,7 @@ def grouped_linear(
 
     offsets: int `[E]`, the end row of each expert's slice (`cumsum` of the counts). Rows past the last are zero.
     """
-    checks.grouped(x.shape, w, offsets)
+    checks.grouped(x.shape, w.shape, offsets)
     y = x.new_zeros(x.shape[0], w.shape[1])
     start = 0
     for expert, end in enumerate(offsets.tolist()):

@@ -23,7 +23,7 @@ def masked_linear(
     counts: int `[E]`, how many of an expert's C rows hold tokens, from the first on; the others are never read and
     come out as zero.
     """
-    checks.masked(x.shape, w, counts)
+    checks.masked(x.shape, w.shape, counts)
     held = torch.arange(x.shape[1], device=x.device) < counts[:, None]
     y = x.new_zeros(*x.shape[:2], w.shape[1])
     y[held] = grouped_linear(x[held], w, counts.cumsum(0), numerics=numerics, compute=compute)
@@ -37,7 +37,7 @@ def gathered_linear(
 
     Ids outside 0 … E - 1 stand for no expert: their rows come out as zero.
     """
-    checks.gathered(x.shape, w, ids)
+    checks.gathered(x.shape, w.shape, ids)
     experts, per_row = w.shape[0], ids.shape[1]
     flat = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten()
     order = flat.argsort(stable=True)

@@ -55,12 +55,14 @@ def unheard(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_grouped_linear, _dense_linear = (library.IMPLEMENTATIONS[name] for name in ("grouped_linear", "dense_linear"))
+def experts(op: str, x: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    """One of the ops for experts, whose operands the caller has checked: `checks.where`, and `grouped` or its like."""
+    if unheard(x, data):
+        return library.run_experts(op, x, data, *rest)
+    return cast(Tensor, getattr(library.OPS, op)(x, data, *rest))
 
 
-def grouped_linear(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
-    """`OPS.grouped_linear`."""
-    return cast(Tensor, (_grouped_linear if unheard(x, data) else library.OPS.grouped_linear)(x, data, *rest))
+_dense_linear = library.IMPLEMENTATIONS["dense_linear"]
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:

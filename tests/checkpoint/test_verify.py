@@ -63,3 +63,27 @@ def test_config_differences(llama, copy):
     report = compare_checkpoints(llama, copy)
     assert report["config"] == [["config.rms_norm_eps", 1e-06, 1e-05]]
     assert (report["identical"], report["same_values"]) == (False, True)
+
+
+def test_config_differences_of_a_composite_model(llama, copy, tmp_path):
+    """The language model's part lies one level down, there is none to compare, or it is no object at all."""
+    config = json.loads((llama / "config.json").read_text())
+    whole = shutil.copytree(llama, tmp_path / "whole")
+
+    def differences(one, two):
+        for path, nested in ((whole, one), (copy, two)):
+            (path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": nested}))
+        report = compare_checkpoints(whole, copy)
+        assert report["same_values"]
+        assert report["identical"] == (not report["config"])
+        return report["config"]
+
+    assert differences(config, config) == []
+    assert differences(config, config | {"rms_norm_eps": 1e-5}) == [["config.text_config.rms_norm_eps", 1e-06, 1e-05]]
+    quiet = {"dtype": "float32", "transformers_version": "0", "expert_dtype": "fp4"}
+    assert differences(config, config | quiet) == []
+    assert differences({"hidden_size": 8}, None) == [["config.text_config.hidden_size", 8, None]]
+    assert differences({"hidden_size": 8}, 3) == [
+        ["config.text_config", None, 3],
+        ["config.text_config.hidden_size", 8, None],
+    ]

@@ -1,6 +1,8 @@
 import pytest
 import transformers
 
+from blockscale.checkpoint import quantize_checkpoint
+from makers import make_llama
 from threads import one_thread
 
 
@@ -14,3 +16,12 @@ def _quiet():
 def _one_thread():
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="package")
+def ragged(tmp_path_factory):
+    """An FP8 Llama with N = 192 and K = 192, and its BF16 source beside it. Read only."""
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder / "bf16", tied=True)
+    quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
+    return folder / "fp8"

@@ -24,3 +24,9 @@ def test_the_policy_and_its_sources_are_printed(tmp_path):
     assert {a["problem"]["numerics"] for a in stacks} == {"deepseek_v4"}
     assert sum(a["layers"] for a in stacks) == 4 * 3  # gate, up and down in each of four layers
     assert {row["value"] for row in explain(folder, "--numerics", "hf")["policy"]} >= {"after the second matrix"}
+
+
+def test_groups_of_a_composite_model_are_found_in_its_text_config(tmp_path):
+    folder = make_deepseek_v4(tmp_path / "v41", block=32, nested=True, mtp=False)
+    problems = [layer["problem"] for layer in explain(folder)["layers"]]
+    assert [(p["n"], p["k"]) for p in problems if p["groups"] == 2] == [(128, 256)]

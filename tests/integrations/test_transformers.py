@@ -1,33 +1,23 @@
 """Block-scaled checkpoints through transformers: as stored, on our modules, and back."""
 
 import json
-import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto
 
 import blockscale
 from blockscale import reference
 from blockscale.checkpoint import dequantize_checkpoint, open_checkpoint, quantize_checkpoint
-from blockscale.errors import BlockscaleError, CheckpointError
+from blockscale.errors import CheckpointError
 from blockscale.integrations import transformers as integration
-from blockscale.integrations.transformers import measure, quantizer, takeover
+from blockscale.integrations.transformers import filling, measure
+from blockscale.integrations.transformers.binding import Slot
 from blockscale.nn import BlockDiagonalLinear
-from makers import make_deepseek_v4, make_llama, make_qwen3_moe
+from makers import make_deepseek_v4, make_qwen3_moe
 
 IDS = torch.arange(3, 20)[None]
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory):
-    """An FP8 Llama with N = 192 and K = 192, and its BF16 source."""
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(folder / "bf16", tied=True)
-    quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
-    return folder / "fp8"
 
 
 @pytest.fixture
@@ -121,56 +111,6 @@ def test_save_pretrained_round_trips_every_byte(ragged, tmp_path, dtype):
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
-def test_enable_takes_over_from_pretrained_and_disable_gives_it_back(ragged):
-    stock = dict(auto.AUTO_QUANTIZER_MAPPING)
-    integration.enable()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(ragged, dtype=torch.bfloat16)
-        assert isinstance(model.model.layers[0].mlp.down_proj, blockscale.nn.Linear)
-    finally:
-        integration.disable()
-    assert stock == auto.AUTO_QUANTIZER_MAPPING
-
-
-def test_enabled_holds_within_the_block_and_in_this_thread_only(ragged):
-    stock = dict(auto.AUTO_QUANTIZER_MAPPING)
-    policies = {}
-
-    def from_pretrained(who):
-        policies[who] = AutoModelForCausalLM.from_pretrained(ragged).blockscale_policy.name
-
-    with integration.enabled("hf"):
-        from_pretrained("inside")
-        with integration.enabled("vllm"):
-            from_pretrained("nested")
-        from_pretrained("inside again")
-        other = threading.Thread(target=from_pretrained, args=("another thread",))
-        other.start()
-        other.join()
-    assert policies == {"inside": "hf", "nested": "vllm", "inside again": "hf", "another thread": "reference"}
-    assert stock == auto.AUTO_QUANTIZER_MAPPING
-
-
-def test_holders_may_end_in_any_order():
-    stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    first, second = takeover.taken(("fp8", "mxfp8")), takeover.taken(("fp8",))
-    integration.enable()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    integration.disable()
-    integration.disable()
-    assert auto.AUTO_QUANTIZER_MAPPING["fp8"] is quantizer.BlockscaleQuantizer
-    second.__exit__(None, None, None)
-    assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-
-
-def test_load_leaves_stock_behaviour_alone(ragged):
-    stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    integration.load(ragged)
-    assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-
-
 def test_tensors_decide_and_not_the_skip_list(copy):
     folder = copy(config=lambda c: c.update(modules_to_not_convert=["model.layers.0.mlp.down_proj"]))
     model = integration.load(folder)
@@ -217,12 +157,6 @@ def test_a_plain_checkpoint_is_refused(ragged):
         integration.load(ragged.parent / "bf16")
 
 
-def test_another_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(quantizer.transformers, "__version__", "5.24.1")
-    with pytest.raises(BlockscaleError, match=r"works with transformers 5\.23\.x, got 5\.24\.1"):
-        integration.enable()
-
-
 def test_an_ordered_kernel_serves_every_layer(ragged):
     model = integration.load(ragged, kernel="reference")
     assert measure.kernels_in_use(model)["reference.linear"] == 14
@@ -261,9 +195,9 @@ def test_every_format_that_quantize_writes_loads_and_saves_back(ragged, tmp_path
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("fmt", ["fp8_row", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "fp8_row", "mxfp4", "nvfp4"])
 def test_a_grouped_projection_keeps_every_level_of_its_scales(tmp_path, fmt):
-    """Stored as one matrix, held as one for each group: NVFP4's second level is all groups'."""
+    """Stored as one matrix, held as one for each group: a tensor's one scale, NVFP4's second level are all groups'."""
     make_deepseek_v4(tmp_path / "v4", hash_layers=0, mtp=False)
     dequantize_checkpoint(tmp_path / "v4", tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "stored", fmt, only=("*.wo_a",))
@@ -278,6 +212,15 @@ def test_a_grouped_projection_keeps_every_level_of_its_scales(tmp_path, fmt):
     model.save_pretrained(tmp_path / "saved")
     before, after = tensors_of(tmp_path / "stored"), tensors_of(tmp_path / "saved")
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "fp8_row", "nvfp4"])
+def test_a_grouped_projection_copied_to_a_device_is_the_same(fmt):
+    """A CPU takes the bytes where they lie; elsewhere they are copied into the module's own."""
+    stored = blockscale.quantize(torch.randn(8, 32), fmt)
+    empty = blockscale.quantize(torch.ones(2, 4, 32), fmt)
+    filling._copy(filling._shaped(stored, empty), empty, Slot(None))
+    assert torch.equal(reference.dequantize(empty), reference.dequantize(stored).view(2, 4, 32))
 
 
 HERE = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")

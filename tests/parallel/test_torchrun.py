@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -122,6 +123,34 @@ def test_an_error_on_one_rank_ends_all_with_its_message_once(tokenized, tmp_path
     assert "rank 1 of 2" in said[0]
     assert "experts.6.up_proj.weight_scale_inv: scales must be finite" in said[0]
     assert result.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("run", "{v3}", PROMPT, "--device", "nope"), "error: device 'nope': need cpu, cuda, xpu or another"),
+        (("run", "{v3}", PROMPT, "--sums", "none"), "Invalid value for '--sums'"),
+        (("run", "{v3}", PROMPT, "--numerics", "none"), "error: unknown numerics"),
+        (("bench", "model", "{v3}/none"), "v3/none: no such checkpoint"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_with_the_command_is_said_once_and_ends_all_with_2(folders, args, said):
+    result = run(torchrun(3, *(arg.format(v3=folders["v3"]) for arg in args)))
+    assert result.stderr.count(said) == 1, result.stderr
+    assert result.stderr.count("exitcode  : 2 ") == 3, result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
+
+
+def test_the_first_rank_says_what_another_met_in_its_share_of_a_job(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name, value in (("a", 1.0), ("b", float("nan"))):  # the larger file is rank 0's
+        save_file({f"{name}.weight": torch.full((300 - ord(name), 256), value)}, tmp_path / f"src/{name}.safetensors")
+    result = run(torchrun(2, "quantize", tmp_path / "src", tmp_path / "out", "--shard-size", "1K"))
+    said = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith("error: write: rank 1 of 2: ")
+    assert "src/b.safetensors: b.weight: nan at [0, 0]" in said[0]
 
 
 @pytest.mark.parametrize(("which", "sent"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])

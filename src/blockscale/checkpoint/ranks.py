@@ -66,15 +66,16 @@ def run_rank(job: Job, listen: Listener) -> Result:
 
 @contextlib.contextmanager
 def _agreed(phase: str) -> Iterator[None]:
-    """All ranks leave the block together, all well or all with an error."""
+    """All ranks leave the block together, all well or all with an error: their own, or what another rank met."""
     failure: BaseException | None = None
     try:
         yield
     except (BlockscaleError, OSError) as e:
         failure = e
-    failed = torch.tensor([0 if failure is None else 1])
-    dist.all_reduce(failed)
+    words: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(words, None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None:
         raise failure
-    if int(failed):
-        raise CheckpointError(f"{phase}: another rank failed; its message says why")
+    for rank, said in enumerate(words):
+        if said is not None:
+            raise CheckpointError(f"{phase}: rank {rank} of {len(words)}: {said}")

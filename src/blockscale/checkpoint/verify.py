@@ -25,11 +25,14 @@ from .source import folded
 
 _CHUNK = 1 << 24
 
+_NESTED = "text_config"
+_QUIET = (KEY, "torch_dtype", "dtype", "transformers_version", "expert_dtype")
+
 
 def compare_checkpoints(a: str | Path, b: str | Path) -> dict[str, Any]:
     """The JSON of `verify --json`.
 
-    identical: same tensors with the same bytes, same quantization_config. same_values: every weight multiplies to the
+    identical: same tensors with the same bytes, no differences in config. same_values: every weight multiplies to the
     same numbers. structure: what only one side has, or has in another shape. config: [key, value in a, value in b].
     tensors: one row for each weight or tensor on both sides: {name, a, b, equal_bytes, relative_error, max_error}.
     """
@@ -135,15 +138,18 @@ def _same_bytes(one: TensorInfo, two: TensorInfo) -> bool:
 
 
 def _config_diff(left: Checkpoint, right: Checkpoint) -> Iterator[list[Any]]:
-    """[key, a, b] where the two quantization configs differ, and for the rest of config.json's top level."""
-    one, two = left.quantization.raw, right.quantization.raw
-    yield from _differences(KEY, one, two)
-    quiet = (KEY, "text_config", "torch_dtype", "dtype", "transformers_version", "expert_dtype")
-    yield from _differences(
-        "config",
-        {k: v for k, v in left.config.items() if k not in quiet},
-        {k: v for k, v in right.config.items() if k not in quiet},
-    )
+    """[key, a, b] where the two quantization configs differ, and for the rest of config.json: its top level, and in a
+    composite model's config the language model's own part key by key.
+    """
+    yield from _differences(KEY, left.quantization.raw, right.quantization.raw)
+    yield from _differences("config", _about_the_model(left.config), _about_the_model(right.config))
+    nested = [c.config.get(_NESTED) for c in (left, right)]
+    yield from _differences(f"config.{_NESTED}", *(_about_the_model(n) if isinstance(n, dict) else {} for n in nested))
+
+
+def _about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says how the model is stored, and by which software."""
+    return {k: v for k, v in config.items() if k not in _QUIET and not (k == _NESTED and isinstance(v, dict))}
 
 
 def _differences(where: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[list[Any]]:

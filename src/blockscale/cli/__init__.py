@@ -14,9 +14,10 @@ from typing import Annotated
 
 import typer
 
-from .. import observe, verdicts
+from .. import interrupt, observe, verdicts
 from ..errors import BlockscaleError
 from ..version import __version__
+from ._ranks import follows, let_the_first_speak
 
 app = typer.Typer(
     name="blockscale",
@@ -24,6 +25,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+_UsageError: type = typer.BadParameter.__mro__[1]
+"""click's, for which typer has no public name."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,15 +57,30 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode: "?", and no traceback after the work
     try:
+        interrupt.restore()
         observe.configure()  # variables that no command may overlook, whatever it does
         verdicts.switch()
-        app()
+        _run()
     except BlockscaleError as e:
+        let_the_first_speak()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
+        let_the_first_speak()
         print(f"error: {e.strerror or e}: {e.filename}" if e.filename else f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _run() -> None:
+    """The app, which prints what is wrong with options and arguments itself and ends with 2; on later ranks, later."""
+    if follows():
+        try:
+            sys.exit(app(standalone_mode=False))
+        except Exception as e:
+            if not isinstance(e, _UsageError):
+                raise
+        let_the_first_speak()
+    app()

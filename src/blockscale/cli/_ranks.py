@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BlockscaleError
 
 Ep = Annotated[
@@ -30,6 +34,30 @@ Sums = Annotated[
     ),
 ]
 
+PATIENCE = 30.0
+"""Seconds in which the first rank of a host should have found what is wrong with the command."""
+
+
+def follows() -> bool:
+    """Whether torchrun started another rank on this host before this one."""
+    from ..parallel import started
+
+    return started() and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def let_the_first_speak() -> None:
+    """To be called before this process prints what is wrong with the command, and ends with 2.
+
+    The ranks of one torchrun have the same arguments and environment, so it is wrong for all, and the first of them
+    says it for all: in any other this function does not return. torchrun ends everyone as soon as one has ended, so
+    the others wait for that, lest the first be stopped before it has spoken; where nothing comes they speak.
+    """
+    if not follows():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, frame: os._exit(130 if got == signal.SIGINT else 2))
+    time.sleep(PATIENCE)
+
 
 @contextmanager
 def shared(
@@ -45,27 +73,26 @@ def shared(
             raise BlockscaleError(f"--ep {ep} needs several ranks: torchrun --nproc-per-node N -m blockscale …")
         yield None
         return
-    from ..checkpoint import open_checkpoint
     from ..policy import model_policy
 
-    groups = ep or (lambda size: default_groups(checkpoint, size))
+    found = open_checkpoint(checkpoint)
+    policy = model_policy(numerics, found.config)
+    groups = ep or (lambda size: default_groups(found, size))
     with joined(device, ep=groups, timeout=timeout, sums=sums) as world:
         from .run import integration
 
         integration()
         from ..integrations.transformers import Parallel
 
-        found = open_checkpoint(checkpoint)
-        plan = plan_sharding(found, world.size, world.ep, model_policy(numerics, found.config))
+        plan = plan_sharding(found, world.size, world.ep, policy)
         yield Parallel(world, plan, exchange)
 
 
-def default_groups(checkpoint: Path, ranks: int) -> int:
+def default_groups(checkpoint: Checkpoint, ranks: int) -> int:
     """Every rank a group of its own where there are experts enough, else the most groups that divide the ranks."""
-    from ..checkpoint import open_checkpoint
     from ..parallel.planner import count_experts
 
-    experts = count_experts(open_checkpoint(checkpoint))
+    experts = count_experts(checkpoint)
     return max(groups for groups in range(1, ranks + 1) if ranks % groups == 0 and groups <= max(1, experts))
 
 

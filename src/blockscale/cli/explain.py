@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, StoredLayer, open_checkpoint
 from ..errors import BlockscaleError, CheckpointError, NoKernelError, UnknownNameError
 from ..formats import get_format
 from ..numerics import PRESETS, Numerics, get_numerics
+from ..parallel.families import text_config
 from ..platform import KINDS, Platform
 from ..policy import Policy, model_policy
 from ..registry import Plan, Problem, explain, select
@@ -132,7 +133,7 @@ def _problems(checkpoint: Checkpoint, policy: Policy, dtype: torch.dtype) -> Cou
         elif lead:
             found[_layer_problem("grouped_linear", n, k, layer, policy.experts, dtype, lead[0])] += 1
         elif layer.name.endswith((".wo_a", ".o_a_proj")):
-            groups = int(checkpoint.config.get("o_groups", 1))
+            groups = int(text_config(checkpoint.config).get("o_groups", 1))
             found[_layer_problem("grouped_linear", n // groups, k, layer, policy.grouped_output, dtype, groups)] += 1
         else:
             found[_layer_problem("linear", n, k, layer, policy.linear, dtype, 0)] += 1

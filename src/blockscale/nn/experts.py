@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import gradients, reference
+from .. import checks, gradients, reference
 from ..errors import ShapeError
 from ..numerics import Numerics
 from ..tensor import BlockScaled
@@ -28,6 +28,8 @@ class StackedLinear(WeightModule):
     dims = 3
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        checks.grouped(x.shape, self.shape, offsets)
+        checks.where("grouped_linear", x, offsets)
         buffers, names = self._buffers, self.names
         return gradients.grouped_linear(
             x, buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale],

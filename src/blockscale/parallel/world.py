@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import BlockscaleError
-from ..platform import named_device
+from ..platform import named_device, require
 from .collectives import Group
 from .errors import PlanError, RankError
 from .route import Route, Sums, choose
@@ -73,20 +73,23 @@ def joined(
     An exception on one rank ends every process: the first report is printed once, by rank 0, and all leave with exit
     code 2 (130 when interrupted) without waiting for each other. Errors inside are therefore not for the caller.
 
-    Raises BlockscaleError before all that, for an unknown device or in a process that torchrun did not start.
+    Raises BlockscaleError before all that, for a kind of device that is unknown or not here, or in a process that
+    torchrun did not start.
     """
     kind = named_device(device).type
     if kind not in BACKENDS:
         raise BlockscaleError(f"parallel: needs a device of {', '.join(BACKENDS)}, got {device!r}")
     if "RANK" not in os.environ:
         raise BlockscaleError("parallel: needs ranks, this process is none: torchrun --nproc-per-node N …")
+    require(torch.device(kind))
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else torch.device("cpu")
-    if kind != "cpu":
-        torch.get_device_module(kind).set_device(here)
     watch = Watch(store.clone(), rank, size, timeout)
     watch.start()
     try:
+        if kind != "cpu":
+            require(here)  # the host may have fewer of them than ranks
+            torch.get_device_module(kind).set_device(here)
         groups = ep if isinstance(ep, int) else ep(size)
         if size % groups:
             raise PlanError(f"ep={groups} must divide the {size} ranks: experts lie in ep groups of equal size")

@@ -110,6 +110,7 @@ DEVICES = [
 @pytest.mark.parametrize(("device", "name", "arch"), DEVICES)
 def test_detect_on_a_torch_for_xpu_without_the_package(device, name, arch, monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 8)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(name=name))
     monkeypatch.setattr(platform, "probe_scaled_mm", lambda device: "no: tried, not there")
     found = detect(device)

@@ -15,7 +15,7 @@ from blockscale.kernels.triton import gemm, grouped
 from blockscale.numerics import get_numerics
 from blockscale.platform import Platform
 
-spec = importlib.util.spec_from_file_location("aot", Path(__file__).parents[3] / "bench" / "aot.py")
+spec = importlib.util.spec_from_file_location("aot_compile", Path(__file__).parents[3] / "bench" / "aot_compile.py")
 aot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(aot)
 

@@ -125,8 +125,8 @@ def _bind_linear(
             kernel=policy.kernel, names=_LOADING,
         )  # fmt: skip
     else:
-        rows = layer.format.block_shape(n, k)[0]
-        if (n // groups) % rows:
+        rows = layer.format.block[0]
+        if rows is not None and (n // groups) % rows:
             raise CheckpointError(
                 f"{layer.file}: {layer.name}: {groups} groups of {n // groups} rows cut through blocks of {rows} rows"
             )

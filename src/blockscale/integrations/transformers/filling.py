@@ -39,14 +39,19 @@ def fill(module: WeightModule, slots: list[Slot], names: Names, checkpoint: Chec
         ours = _empty_like(ours)
     for slot in slots:
         weight = _stored(checkpoint, slot)
-        for whole, part, row in ((ours.data, weight.data, slot.row), (ours.scale, weight.scale, slot.grid_row)):
-            rows = _bytes(whole).flatten(0, -2)
-            source = _bytes(part).flatten(0, -2)
-            rows[row : row + len(source)].copy_(source)
-        for level, value in ((ours.global_scale, weight.global_scale), (ours.input_scale, weight.input_scale)):
-            if level is not None and value is not None:
-                (level if slot.index is None else level[slot.index]).copy_(value)
+        _copy(_shaped(weight, ours) if len(slots) == 1 else weight, ours, slot)
     module.set_weight(ours, names)
+
+
+def _copy(weight: BlockScaled, ours: BlockScaled, slot: Slot) -> None:
+    """Into the slot's rows."""
+    for whole, part, row in ((ours.data, weight.data, slot.row), (ours.scale, weight.scale, slot.grid_row)):
+        rows = _bytes(whole).flatten(0, -2)
+        source = _bytes(part).flatten(0, -2)
+        rows[row : row + len(source)].copy_(source)
+    for level, value in ((ours.global_scale, weight.global_scale), (ours.input_scale, weight.input_scale)):
+        if level is not None and value is not None:
+            (level if slot.index is None else level[slot.index]).copy_(value)
 
 
 def settle(module: WeightModule, dtype: torch.dtype) -> None:
@@ -112,17 +117,22 @@ def _empty_like(w: BlockScaled) -> BlockScaled:
 
 
 def _shaped(weight: BlockScaled, like: BlockScaled) -> BlockScaled:
-    """The same bytes under another leading shape (`[G * N, K]` as `[G, N, K]`, whose groups share second levels)."""
+    """The same bytes under another leading shape: `[G * N, K]` as `[G, N, K]`.
+
+    What the groups share, second levels and the one scale of a per-tensor format, every group gets a copy of.
+    """
     if weight.shape == like.shape:
         return weight
     level, static = (
         None if given is None or wanted is None else given.reshape(-1).expand(wanted.shape).contiguous()
         for given, wanted in ((weight.global_scale, like.global_scale), (weight.input_scale, like.input_scale))
     )
-    return replace(
-        weight, data=weight.data.reshape(like.data.shape), scale=weight.scale.reshape(like.scale.shape),
-        shape=like.shape, global_scale=level, input_scale=static,
-    )  # fmt: skip
+    if weight.scale.numel() == like.scale.numel():
+        scale = weight.scale.reshape(like.scale.shape)
+    else:
+        scale = weight.scale.expand(like.scale.shape).contiguous()
+    data = weight.data.reshape(like.data.shape)
+    return replace(weight, data=data, scale=scale, shape=like.shape, global_scale=level, input_scale=static)
 
 
 def stored_tensors(module: WeightModule, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:

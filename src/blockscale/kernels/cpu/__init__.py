@@ -65,10 +65,10 @@ class Slices:
         return slices.linear(x, w, bias, problem.numerics, problem.out_dtype)
 
 
-class Linear:
+class _Multiply:
     """FP8, MXFP4 or NVFP4 weights, decoded in registers (M <= 4) or in cache; activations quantized as asked."""
 
-    name, op = "cpu.native", "linear"
+    name = "cpu.native"
     layout = "row"
     priority = 60
     m_range = (1, None)
@@ -78,6 +78,12 @@ class Linear:
         yield from _native(platform)
         yield from _weight(problem.format)
         yield from _activation(problem.activation_format)
+
+
+class Linear(_Multiply):
+    """One weight."""
+
+    op = "linear"
 
     def run(self, problem: Problem, x: Tensor, w: BlockScaled, bias: Tensor | None) -> Tensor:
         return native.linear(problem, x, w, bias)
@@ -123,12 +129,12 @@ class Int16Linear(Linear):
         return native.bind_linear(problem, "int16")
 
 
-class GroupedLinear(Linear):
+class GroupedLinear(_Multiply):
     """Experts, one after the other: only those that have rows are read."""
 
     op = "grouped_linear"
 
-    def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:  # type: ignore[override]
+    def run(self, problem: Problem, x: Tensor, w: BlockScaled, offsets: Tensor) -> Tensor:
         return native.grouped_linear(problem, x, w, offsets)
 
 
