@@ -32,9 +32,9 @@ def quantize(
 
     format: a name such as "fp8_128x128". scale: given scales `[..., grid rows, grid cols]` make it static.
     scale_rounding: "none", "pow2_ceil" or "pow2_floor" instead of the format's rule. floor: lower bound of a block's
-    amax, in units of x (default 1e-10); NVFP4 has neither. layout: how the result is laid out. kernel: the kernel or family that must
-    do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN. Bytes have no gradient:
-    a parameter is quantized as it stands, and the result does not require one.
+    amax, in units of x (default 1e-10); NVFP4 has neither. layout: how the result is laid out. kernel: the kernel or
+    family that must do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN. Bytes
+    have no gradient: a parameter is quantized as it stands, and the result does not require one.
 
     Raises ShapeError, DtypeError, ScaleError, UnknownNameError or NoKernelError.
     """
