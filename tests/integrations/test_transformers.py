@@ -229,6 +229,12 @@ def test_a_norm_that_the_file_lacks_is_not_made_up(copy):
         integration.load(folder)
 
 
+def test_experts_that_the_model_lacks_are_not_dropped(tmp_path):
+    folder = described(make_qwen3_moe(tmp_path / "moe"), num_experts=2)
+    with pytest.raises(CheckpointError, match=r"gate weights of experts \[2, 3.*\], the model 2 experts"):
+        integration.load(folder)
+
+
 def test_plain_tensors_of_another_shape_are_refused(copy):
     folder = described(copy(), vocab_size=77)
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight \[300, 256\] where the model needs \[77, 256\]"):
