@@ -134,7 +134,7 @@ def activations(x: Tensor, w: BlockScaled, numerics: Numerics) -> Tensor:
 def quantize_activations(x: Tensor, fmt: Format, w: BlockScaled, numerics: Numerics) -> BlockScaled:
     """`x: [M, K]` in the activation format, with the static scale stored beside `w` where there is one."""
     if fmt.two_level:
-        return quantize(x, fmt, global_scale=w.input_scale)
+        return quantize(x, fmt, global_scale=None if w.input_scale is None else w.input_scale.reshape(()))
     if w.input_scale is not None and fmt.block == (None, None):
         return quantize(x, fmt, scale=w.input_scale.reshape(1, 1))
     return quantize(x, fmt, floor=numerics.act_floor)
