@@ -120,7 +120,8 @@ def tokenizer_of(checkpoint: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0].rstrip(" :")
+        why = " ".join(str(e).split())
+        why = why if len(why) <= 200 else f"{why[:200]}…"
         raise BlockscaleError(
             f"{checkpoint}: no tokenizer that transformers can read ({why}); `blockscale bench model` needs none"
         ) from e

@@ -67,9 +67,10 @@ def load(
     with _chosen(Choice(numerics, kernel, parallel), METHODS):
         with_info = options.pop("output_loading_info", False)
         mismatches = options.pop("ignore_mismatched_sizes", False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    model, info = loaded
     check_whole(Path(path), info, mismatches=mismatches)
     return (model, info) if with_info else model
 
