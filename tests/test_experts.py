@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from blockscale import BlockScaled, nn, quantize, reference
-from blockscale.errors import ShapeError
+from blockscale.errors import DtypeError, ShapeError
 from blockscale.numerics import get_numerics
 
 E, K, INNER, TOKENS, CHOSEN = 5, 128, 96, 7, 2
@@ -134,3 +134,23 @@ def test_a_decode_step_reads_no_byte_of_an_expert_that_was_not_chosen():
     assert len(run.stdout.splitlines()) == 4 * 2 * 2  # formats, numerics, kernels
     faulty = subprocess.run([sys.executable, script, "chosen"], capture_output=True, text=True, check=False)
     assert (faulty.returncode, faulty.stdout) == (-signal.SIGSEGV, "")
+
+
+def test_the_weight_of_no_expert_counts_for_nothing():
+    """Rows that pad a batch hold anything."""
+    module = nn.Experts(stack("fp8_32x32", 2 * INNER, K), stack("fp8_32x32", K, INNER))
+    x, index, weights = operands()
+    index[0, 1], index[1] = -1, E
+    weights[0, 1] = weights[1] = 0.0
+    want = module(x, index, weights)
+    weights[0, 1], weights[1] = math.nan, math.inf
+    assert torch.equal(module(x, index, weights), want)
+
+
+def test_indices_that_are_none():
+    module = nn.Experts(stack("fp8_32x32", 2 * INNER, K), stack("fp8_32x32", K, INNER))
+    x, index, weights = operands()
+    with pytest.raises(DtypeError, match="index needs int32 or int64, got torch.float32"):
+        module(x, index.float(), weights)
+    with pytest.raises(ShapeError, match=r"index \[T, k\] and weights \[T, k\], got \[7, 128\], \[7\] and \[7\]"):
+        module(x, index[:, 0], weights[:, 0])

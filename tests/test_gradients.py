@@ -128,3 +128,24 @@ def test_an_adapter_learns_beside_a_frozen_layer(compiled):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_second_derivatives_are_those_of_the_dequantized_weight(grouped):
+    w = blockscale.quantize(torch.randn(2, 64, 128), "fp8_128x128")
+    ends, dense = torch.tensor([2, 4], dtype=torch.int32), blockscale.dequantize(w)
+    x = torch.randn(4, 128, requires_grad=True)
+    y = blockscale.grouped_linear(x, w, ends) if grouped else blockscale.linear(x, w[0])
+    (first,) = torch.autograd.grad((y**3).sum() / 3, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    for row, expert in enumerate((0, 0, 1, 1) if grouped else (0, 0, 0, 0)):
+        curvature = 2 * y[row].detach() * dense[expert].sum(-1)
+        torch.testing.assert_close(second[row], curvature @ dense[expert], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # torch's word for one call a row
+def test_gradients_of_each_row_apart():
+    w = blockscale.quantize(torch.randn(64, 128), "fp8_128x128")
+    x = torch.randn(3, 128)
+    got = torch.func.vmap(torch.func.grad(lambda row: blockscale.linear(row, w).sum()))(x)
+    torch.testing.assert_close(got, blockscale.dequantize(w).sum(0).expand(3, -1))

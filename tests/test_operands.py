@@ -4,7 +4,17 @@ import pytest
 import torch
 
 import blockscale
-from blockscale import BlockscaleError, DtypeError, ShapeError, UnknownNameError, checks
+from blockscale import (
+    BlockscaleError,
+    DtypeError,
+    ScaleError,
+    ShapeError,
+    UnknownNameError,
+    checks,
+    get_format,
+    nn,
+    reference,
+)
 
 ENDS = torch.tensor([2, 4], dtype=torch.int32)
 
@@ -16,11 +26,36 @@ def quantized(x):
 MISTAKES = {
     "stack": (lambda x, w, ws: blockscale.linear(x, ws), ShapeError, r"needs w \[N, K\], got \[2, 192, 576\]"),
     "stack, matmul": (lambda x, w, ws: blockscale.matmul(quantized(x), ws), ShapeError, r"matmul: needs w \[N"),
+    "stack of x, matmul": (
+        lambda x, w, ws: blockscale.matmul(quantized(x.view(2, 2, 576)), w),
+        ShapeError,
+        r"matmul: needs x \[M, K\], got \[2, 2, 576\]",
+    ),
     "bias": (lambda x, w, ws: blockscale.linear(x, w, torch.zeros(192).double()), DtypeError, "bias .*float64"),
     "offsets": (lambda x, w, ws: blockscale.grouped_linear(x, ws, ENDS.float()), DtypeError, "offsets needs int32"),
     "counts": (lambda x, w, ws: blockscale.masked_linear(x.view(2, 2, 576), ws, ENDS / 2), DtypeError, "counts"),
     "ids": (lambda x, w, ws: blockscale.gathered_linear(x, ws, x[:, :2]), DtypeError, "ids needs int32"),
     "rounding": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", scale_rounding="up"), UnknownNameError, "'up'"),
+    "fp32 in E8M0": (
+        lambda x, w, ws: blockscale.quantize(x, "mxfp8", scale_rounding="none"),
+        ScaleError,
+        "mxfp8: its scales are powers of two",
+    ),
+    "fp32 in E8M0, fused": (
+        lambda x, w, ws: blockscale.swiglu_quantize(x, "fp8_1x32_ue8m0", scale_rounding="none"),
+        ScaleError,
+        "got 'none'",
+    ),
+    "rounding of two levels": (
+        lambda x, w, ws: blockscale.quantize(x, "nvfp4", scale_rounding="pow2_ceil"),
+        BlockscaleError,
+        "nvfp4: .*got scale_rounding='pow2_ceil'",
+    ),
+    "floor of two levels": (
+        lambda x, w, ws: blockscale.quantize(x, "nvfp4", floor=1e-4),
+        BlockscaleError,
+        "nvfp4: .*got floor=0.0001",
+    ),
     "floor": (lambda x, w, ws: blockscale.quantize(x, "fp8_row", floor=-1.0), BlockscaleError, "needs a positive"),
     "dense bias": (
         lambda x, w, ws: blockscale.dense_linear(x, torch.ones(8, 576), torch.ones(7)),
@@ -47,6 +82,28 @@ def test_operands_that_do_not_fit_are_said_to_be_so(w, mistake):
         call(torch.randn(4, 576), w, blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128"))
 
 
+@pytest.mark.parametrize("x", [torch.randn(4, 576), torch.randn(4, 576, requires_grad=True)])
+def test_modules_check_what_the_functions_check(w, x):
+    """Also where a gradient is asked for, which takes another way: a kernel would read another device's memory."""
+    with pytest.raises(DtypeError, match="x is on cpu, the weight on meta"):
+        nn.Linear(w.to("meta"))(x)
+    stack = blockscale.quantize(torch.randn(2, 192, 576), "fp8_128x128").to("meta")
+    with pytest.raises(DtypeError, match="x is on cpu, the weight on meta"):
+        nn.StackedLinear(stack)(x, ENDS)
+    with pytest.raises(DtypeError, match="bias needs float32, bfloat16 or float16, got torch.float64"):
+        nn.Linear(w, torch.zeros(192)).double()(x)
+
+
+def test_end_rows_beyond_32_bits_are_no_small_ones():
+    w, x = blockscale.quantize(torch.randn(2, 64, 128), "fp8_128x128"), torch.randn(4, 128)
+    far = torch.tensor([2, 2**32 + 3])
+    assert torch.equal(blockscale.grouped_linear(x, w, far), blockscale.grouped_linear(x, w, ENDS))
+    counts, buffers = torch.tensor([2**32, 1]), x.view(2, 2, 128)
+    assert torch.equal(
+        blockscale.masked_linear(buffers, w, counts), blockscale.masked_linear(buffers, w, torch.tensor([2, 1]))
+    )
+
+
 NOTHING = torch.empty(0, 576)
 OF_NOTHING = {
     "linear": (lambda w, ws: blockscale.linear(NOTHING, w), (0, 192)),
@@ -70,8 +127,9 @@ def test_no_rows_give_no_rows(w, op):
 
 
 @pytest.mark.parametrize("name", ["fp8_128x128", "fp8_tensor", "fp8_row", "mxfp8", "mxfp4", "nvfp4"])
-def test_no_rows_are_quantized(name):
-    q = blockscale.quantize(NOTHING, name)
+@pytest.mark.parametrize("quantize", [blockscale.quantize, lambda x, name: reference.quantize(x, get_format(name))])
+def test_no_rows_are_quantized(name, quantize):
+    q = quantize(NOTHING, name)
     assert q.shape == (0, 576)
     assert q.scale.shape == q.format.scale_shape(0, 576)
     assert tuple(blockscale.dequantize(q).shape) == (0, 576)

@@ -46,6 +46,9 @@ def test_every_row_says_where_it_comes_from():
     rows = model_policy("reference", V4).rows()
     assert [field for field, _, _ in rows] == ["linear", "experts", "grouped_output", "routing weight"]
     assert all("DeepSeek-V4 inference code" in source for _, _, source in rows)
+    usual = {field: source for field, _, source in model_policy("reference", QWEN).rows()}
+    assert "block and scale rule" in usual["linear"]
+    assert "weighed as it is summed" in usual["routing weight"]
 
 
 def test_an_unknown_preset_is_refused_with_the_near_names():

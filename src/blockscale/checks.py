@@ -24,12 +24,12 @@ def stored(op: str, name: str, w: object) -> None:
         raise DtypeError(f"{op}: {name} needs a BlockScaled (`quantize` makes one), got {type(w).__name__}")
 
 
-def matrix(op: str, w: object) -> None:
+def matrix(op: str, w: object, called: str = "w [N, K]") -> None:
     """One stored matrix `[N, K]`."""
-    stored(op, "w", w)
+    stored(op, called[0], w)
     assert isinstance(w, BlockScaled)
     if len(w.shape) != 2:
-        raise ShapeError(f"{op}: needs w [N, K], got {list(w.shape)}; stacks of experts go to grouped_linear")
+        raise ShapeError(f"{op}: needs {called}, got {list(w.shape)}; stacks of experts go to grouped_linear")
 
 
 def same_k(x: _Shape, w: BlockScaled) -> None:
@@ -38,15 +38,15 @@ def same_k(x: _Shape, w: BlockScaled) -> None:
         raise ShapeError(f"{w.format}: x {list(x)} and w {list(w.shape)} need the same K (the last dimension)")
 
 
-def operands(op: str, x: Tensor, w: BlockScaled, bias: Tensor | None = None) -> None:
-    """dtypes and devices of what a linear takes."""
+def operands(op: str, x: Tensor, data: Tensor, w: _Shape, bias: Tensor | None = None) -> None:
+    """dtypes and devices of what a linear takes: x, the data of a weight of the logical shape w, a bias."""
     if not x.dtype.is_floating_point or x.element_size() == 1:
         raise DtypeError(f"{op}: x needs float32, bfloat16 or float16, got {x.dtype}; quantized x goes to matmul")
-    if x.device != w.device:
-        raise DtypeError(f"{op}: x is on {x.device}, the weight on {w.device}")
-    fits(op, bias, w.shape)
-    if bias is not None and bias.device != w.device:
-        raise DtypeError(f"{op}: bias is on {bias.device}, the weight on {w.device}")
+    if x.device != data.device:
+        raise DtypeError(f"{op}: x is on {x.device}, the weight on {data.device}")
+    fits(op, bias, w)
+    if bias is not None and bias.device != data.device:
+        raise DtypeError(f"{op}: bias is on {bias.device}, the weight on {data.device}")
 
 
 def fits(op: str, bias: Tensor | None, w: _Shape) -> None:

@@ -68,6 +68,8 @@ class _StraightThrough(torch.autograd.Function):
     The gradient ignores the rounding of x (Bengio et al., 2013).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, data: Tensor, scale: Tensor, level: Tensor | None, static: Tensor | None,
@@ -89,6 +91,42 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = OPS.linear_input_grad(grad, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
+        grad_x = _input_grad(grad, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[6] else None
         return grad_x, None, None, None, None, None, grad_bias, *(None for _ in ctx.how)
+
+
+def _input_grad(grad: Tensor, *args: Any) -> Tensor:
+    """`OPS.linear_input_grad`, in a graph of its own where second derivatives are asked for (`create_graph=True`)."""
+    if wanted(grad):
+        return cast(Tensor, _InputGrad.apply(grad, *args))  # type: ignore[no-untyped-call]
+    return cast(Tensor, OPS.linear_input_grad(grad, *args))
+
+
+class _InputGrad(torch.autograd.Function):
+    """grad: [..., N] times a stored weight [N, K], or the experts' of [E, N, K]: linear in grad.
+
+    So its gradient is the layer without the rounding of x, and has all derivatives that the layer has.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, *args: Any) -> Tensor:
+        return cast(Tensor, OPS.linear_input_grad(grad, *args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:6])
+        ctx.how = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        data, scale, level, _, offsets = ctx.saved_tensors
+        n, k, format, layout, *_ = ctx.how
+        how = (n, k, format, layout, "weight_only", "")
+        if offsets is None:
+            grad_grad = linear(grad, data, scale, level, None, None, *how)
+        else:
+            grad_grad = grouped_linear(grad, data, scale, level, None, offsets, *how)
+        return grad_grad, *(None for _ in range(5 + len(ctx.how)))

@@ -154,6 +154,8 @@ def run_experts(
     rows = math.prod(shape)
     if rows == 0:
         return x.new_empty(*shape, n)
+    if where.dtype == torch.int64 and op != "gathered_linear":  # kernels take the low 32 bits
+        where = where.clamp(0, x.shape[-2])
     return cast(Tensor, call(plan.pick(rows), problem, rows, x, w, where))
 
 

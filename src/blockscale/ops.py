@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, gradients, library, reference, shortcut
-from .errors import BlockscaleError, DtypeError, ShapeError, UnknownNameError
+from .errors import BlockscaleError, DtypeError, ScaleError, ShapeError, UnknownNameError
 from .formats import Format, ScaleRounding, get_format
 from .numerics import DEFAULT_FLOOR, Numerics, get_numerics
 from .registry import Problem
@@ -32,9 +32,9 @@ def quantize(
 
     format: a name such as "fp8_128x128". scale: given scales `[..., grid rows, grid cols]` make it static.
     scale_rounding: "none", "pow2_ceil" or "pow2_floor" instead of the format's rule. floor: lower bound of a block's
-    amax, in units of x (default 1e-10). layout: how the result is laid out. kernel: the kernel or family that must
-    do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN. Bytes have no gradient:
-    a parameter is quantized as it stands, and the result does not require one.
+    amax, in units of x (default 1e-10); NVFP4 has neither. layout: how the result is laid out. kernel: the kernel or
+    family that must do it. NaN and infinities become the element's NaN; in FP4 the block's scale becomes NaN. Bytes
+    have no gradient: a parameter is quantized as it stands, and the result does not require one.
 
     Raises ShapeError, DtypeError, ScaleError, UnknownNameError or NoKernelError.
     """
@@ -42,7 +42,7 @@ def quantize(
     reference.check_input(x, fmt)
     if scale is not None:
         reference.check_scale(scale, x, fmt)
-    parts = library.OPS.quantize(x, scale, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or "")
+    parts = library.OPS.quantize(x, scale, fmt.name, layout, *_rule(fmt, scale_rounding, floor), kernel or "")
     return _quantized(parts, fmt, layout, tuple(x.shape))
 
 
@@ -75,7 +75,7 @@ def swiglu_quantize(
         )
     weight = None if routing_weight is None else _constant(routing_weight)
     parts = library.OPS.swiglu_quantize(
-        gate_up, limit, weight, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
+        gate_up, limit, weight, fmt.name, layout, *_rule(fmt, scale_rounding, floor), kernel or ""
     )
     return _quantized(parts, fmt, layout, (gate_up.shape[0], gate_up.shape[1] // 2))
 
@@ -102,7 +102,7 @@ def rmsnorm_quantize(
     if x.dim() != 2 or tuple(weight.shape) != tuple(x.shape[1:]):
         raise ShapeError(f"rmsnorm_quantize: needs x [T, K] and weight [K], got {list(x.shape)}, {list(weight.shape)}")
     parts = library.OPS.rmsnorm_quantize(
-        x, _constant(weight), eps, fmt.name, layout, _rounding(scale_rounding), _floor(floor), kernel or ""
+        x, _constant(weight), eps, fmt.name, layout, *_rule(fmt, scale_rounding, floor), kernel or ""
     )
     return _quantized(parts, fmt, layout, tuple(x.shape))
 
@@ -123,9 +123,9 @@ def matmul(
 ) -> Tensor:
     """`x: [M, K]` times `w: [N, K]` transposed, both quantized -> `[M, N]`, accumulated in fp32.
 
-    Raises ShapeError when K differs or w is a stack, NoKernelError with every kernel's reasons.
+    Raises ShapeError when K differs or one is a stack, NoKernelError with every kernel's reasons.
     """
-    checks.stored("matmul", "x", x)
+    checks.matrix("matmul", x, "x [M, K]")
     checks.matrix("matmul", w)
     checks.same_k(x.shape, w)
     y: Tensor = library.OPS.matmul(
@@ -160,7 +160,7 @@ def linear(
         return y
     checks.matrix("linear", w)
     checks.same_k(x.shape, w)
-    checks.operands("linear", x, w, bias)
+    checks.operands("linear", x, data, w.shape, bias)
     if shortcut.plain(x, data, bias):
         object.__setattr__(w, "bound", shortcut.Bound(x, w, numerics, kernel))  # a memo: what is frozen stays so
         y = shortcut.again(w.bound, x, data, scale, level, static, bias, numerics, kernel)
@@ -186,7 +186,7 @@ def grouped_linear(
     """
     checks.stored("grouped_linear", "w", w)
     checks.grouped(x.shape, w.shape, offsets)
-    checks.operands("grouped_linear", x, w)
+    checks.operands("grouped_linear", x, w.data, w.shape)
     checks.where("grouped_linear", x, offsets)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
     return gradients.grouped_linear(x, *parts, offsets, *_how(w, numerics, kernel))
@@ -202,7 +202,7 @@ def masked_linear(
     """
     checks.stored("masked_linear", "w", w)
     checks.masked(x.shape, w.shape, counts)
-    checks.operands("masked_linear", x, w)
+    checks.operands("masked_linear", x, w.data, w.shape)
     checks.where("masked_linear", x, counts)
     gradients.refuse("masked_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
@@ -220,7 +220,7 @@ def gathered_linear(
     """
     checks.stored("gathered_linear", "w", w)
     checks.gathered(x.shape, w.shape, ids)
-    checks.operands("gathered_linear", x, w)
+    checks.operands("gathered_linear", x, w.data, w.shape)
     checks.where("gathered_linear", x, ids)
     gradients.refuse("gathered_linear", x, instead=_SORTED)
     parts = (w.data, w.scale, w.global_scale, w.input_scale)
@@ -269,14 +269,18 @@ def _quantized(parts: tuple[Tensor, ...], fmt: Format, layout: str, shape: tuple
     return BlockScaled(data, scale, fmt, layout, shape, global_scale=level if fmt.two_level else None)
 
 
-def _floor(floor: float | None) -> float:
-    """The default where none is given. A floor of 0 would divide by it, a negative one would be no floor."""
-    if floor is not None and not 0 < floor < float("inf"):
-        raise BlockscaleError(f"floor: needs a positive finite number, got {floor}")
-    return DEFAULT_FLOOR if floor is None else floor
+def _rule(fmt: Format, rounding: str | None, floor: float | None) -> tuple[str, float]:
+    """How dynamic scales are made: what was asked for, or the format's own. What cannot be obeyed raises.
 
-
-def _rounding(rounding: str | None) -> str:
+    A floor of 0 would divide by it, a negative one would be no floor.
+    """
     if rounding is not None and rounding not in _ROUNDINGS:
         raise UnknownNameError("scale rounding", rounding, _ROUNDINGS)
-    return rounding or ""
+    if floor is not None and not 0 < floor < float("inf"):
+        raise BlockscaleError(f"floor: needs a positive finite number, got {floor}")
+    if fmt.two_level and (floor is not None or rounding not in (None, fmt.scale_rounding)):
+        got = f"floor={floor}" if floor is not None else f"scale_rounding={rounding!r}"
+        raise BlockscaleError(f"{fmt}: its two levels of scales know neither a floor nor a rounding rule, got {got}")
+    if rounding == "none" and fmt.scale_dtype == torch.float8_e8m0fnu:
+        raise ScaleError(f"{fmt}: its scales are powers of two, need 'pow2_ceil' or 'pow2_floor', got {rounding!r}")
+    return rounding or "", DEFAULT_FLOOR if floor is None else floor

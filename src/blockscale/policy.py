@@ -106,7 +106,8 @@ def _reference(config: Mapping[str, Any]) -> Policy:
         acts = Numerics(act_group=128, act_rounding="pow2_ceil", act_floor=1e-4) if powers else PRESETS["deepseek_v3"]
         said = "V3.2 inference code, scale_fmt ue8m0" if powers else "V3 inference code: amax / 448 in fp32"
         return _uniform("reference", acts, f"DeepSeek-{said}")
-    return _uniform("reference", PRESETS["checkpoint"], "activations follow the weight's block and scale rule")
+    numerics, said = PRESETS["checkpoint"], "activations follow the weight's block and scale rule"
+    return _uniform("reference", numerics, said, weighing="what experts give is weighed as it is summed")
 
 
 def _engine(name: str, config: Mapping[str, Any]) -> Policy:
@@ -117,9 +118,12 @@ def _engine(name: str, config: Mapping[str, Any]) -> Policy:
     return _uniform(name, acts, where)
 
 
-def _uniform(name: str, numerics: Numerics, where: str) -> Policy:
-    fields = ("linear", "experts", "grouped_output", "routing weight")
-    return Policy(name, numerics, numerics, numerics, sources=tuple((field, where) for field in fields))
+def _uniform(name: str, numerics: Numerics, where: str, weighing: str | None = None) -> Policy:
+    fields = (
+        *((field, where) for field in ("linear", "experts", "grouped_output")),
+        ("routing weight", weighing or where),
+    )
+    return Policy(name, numerics, numerics, numerics, sources=fields)
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -134,7 +134,7 @@ def activations(x: Tensor, w: BlockScaled, numerics: Numerics) -> Tensor:
 def quantize_activations(x: Tensor, fmt: Format, w: BlockScaled, numerics: Numerics) -> BlockScaled:
     """`x: [M, K]` in the activation format, with the static scale stored beside `w` where there is one."""
     if fmt.two_level:
-        return quantize(x, fmt, global_scale=w.input_scale)
+        return quantize(x, fmt, global_scale=None if w.input_scale is None else w.input_scale.reshape(()))
     if w.input_scale is not None and fmt.block == (None, None):
         return quantize(x, fmt, scale=w.input_scale.reshape(1, 1))
     return quantize(x, fmt, floor=numerics.act_floor)
@@ -247,7 +247,7 @@ def _quantize_nvfp4(x: Tensor, fmt: Format, scale: Tensor | None, global_scale: 
     blocks = to_blocks(x, fmt)
     amax = block_amax(blocks)
     if global_scale is None:
-        global_scale = divide(amax.amax((-1, -2)), 448.0 * fmt.max)
+        global_scale = divide(F.pad(amax, (0, 0, 0, 1)).amax((-1, -2)), 448.0 * fmt.max)  # a row of zeros: for no rows
         global_scale = torch.where(global_scale > 0, global_scale, 1.0)
     global_scale = global_scale.float()
     level = global_scale.reshape(*global_scale.shape, 1, 1)

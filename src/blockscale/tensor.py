@@ -21,8 +21,8 @@ class BlockScaled:
     format: a `Format`, or its name.
     layout: the name of how data and scale sit in memory (`layouts.LAYOUTS`); shapes above are "row"'s.
     shape: the logical `[..., rows, cols]` in elements.
-    global_scale: fp32, `[]` or one per leading index; multiplies every block scale (NVFP4).
-    input_scale: fp32, the static activation scale stored beside the weight, if any.
+    global_scale: fp32, one number or one per leading index; multiplies every block scale (NVFP4 only).
+    input_scale: fp32, likewise: the static activation scale stored beside the weight, if any.
 
     Raises ShapeError or DtypeError when the parts do not fit together.
     """
@@ -46,6 +46,7 @@ class BlockScaled:
             object.__setattr__(self, "shape", tuple(self.shape))
         if self.layout == "row":
             self._check_row()
+        self._check_extras()
 
     def _check_row(self) -> None:
         fmt, data, scale = self.format, self.data, self.scale
@@ -63,8 +64,22 @@ class BlockScaled:
         want = (*lead, *fmt.scale_shape(rows, cols))
         if tuple(scale.shape) != want:
             raise ShapeError(f"{fmt}: data {list(self.shape)} needs scale {list(want)}, got {list(scale.shape)}")
-        if fmt.two_level and self.global_scale is None:
-            raise ShapeError(f"{fmt}: needs a global_scale, got none")
+
+    def _check_extras(self) -> None:
+        """Kernels read one number, or one for each matrix of a stack, without another look."""
+        fmt, lead = self.format, self.shape[:-2]
+        if fmt.two_level is not (self.global_scale is not None):
+            got = "none" if self.global_scale is None else f"one {list(self.global_scale.shape)}"
+            raise ShapeError(f"{fmt}: needs {'a' if fmt.two_level else 'no'} global_scale, got {got}")
+        for name, t in (("global_scale", self.global_scale), ("input_scale", self.input_scale)):
+            if t is None:
+                continue
+            if not t.dtype.is_floating_point or t.element_size() == 1:
+                raise DtypeError(f"{fmt}: {name} needs float32, got {t.dtype}")
+            if t.numel() != 1 and tuple(t.shape) != lead:
+                raise ShapeError(
+                    f"{fmt}: shape {list(self.shape)} needs {name} [] or {list(lead)}, got {list(t.shape)}"
+                )
 
     @classmethod
     def trusted(
@@ -118,7 +133,7 @@ class BlockScaled:
         extras = {}
         for name in ("global_scale", "input_scale"):
             t = getattr(self, name)
-            extras[name] = t[index] if t is not None and t.dim() else t
+            extras[name] = t if t is None or t.numel() == 1 else t[index]
         return replace(self, data=self.data[index], scale=self.scale[index], shape=self.shape[1:], **extras)
 
     def __repr__(self) -> str:

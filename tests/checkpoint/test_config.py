@@ -2,7 +2,7 @@
 
 import pytest
 
-from blockscale.checkpoint.config import parse_config
+from blockscale.checkpoint.config import parse_config, read_config
 from blockscale.errors import CheckpointError
 
 
@@ -46,3 +46,9 @@ def test_mixed_modelopt_layers():
     config = parse_config(raw, "x")
     assert [f.name for f in config.formats("a.q_proj")] == ["nvfp4"]
     assert [f.name for f in config.formats("b")] == ["fp8_tensor"]
+
+
+def test_a_config_that_is_a_link_to_nothing_is_not_no_config(tmp_path):
+    (tmp_path / "config.json").symlink_to("blob-that-was-not-downloaded")
+    with pytest.raises(CheckpointError, match=r"config\.json: a link to nothing"):
+        read_config(tmp_path)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from blockscale.checkpoint import quantize_checkpoint
 from blockscale.cli import app
 from blockscale.cli._logits import compare_logits
-from blockscale.errors import CheckpointError
+from blockscale.errors import BlockscaleError, CheckpointError
 
 WORDS = 60
 TEXT = " ".join(f"w{i * 7 % WORDS}" for i in range(50))
@@ -51,3 +51,8 @@ def test_fp8_is_near_and_not_the_same(pair, tmp_path):
 def test_one_token_predicts_nothing(pair):
     with pytest.raises(CheckpointError, match="the text has 1 tokens, needs at least 2"):
         compare_logits(*pair, "w1", 16, 1)
+
+
+def test_a_model_without_a_tokenizer(llama):
+    with pytest.raises(BlockscaleError, match="no tokenizer that transformers can read"):
+        compare_logits(llama, llama, TEXT, 16, 1)

@@ -174,6 +174,14 @@ def test_nan_is_an_error_or_kept(llama, tmp_path, bad):
     assert int((q.data.view(torch.uint8) & 0x7F == 0x7F).sum()) == 1
 
 
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
+def test_nan_that_fp4_cannot_hold_is_not_kept(llama, tmp_path, fmt):
+    """It would be a NaN scale, and no reader of ours takes those."""
+    with pytest.raises(CheckpointError, match=f"--nan keep: {fmt} has no code for NaN"):
+        quantize_checkpoint(llama, tmp_path / "out", fmt, nan="keep")
+    assert not list(tmp_path.iterdir())
+
+
 def test_huge_finite_weights_are_no_nan(tmp_path):
     src = tmp_path / "src"
     src.mkdir()

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from blockscale.checkpoint import quantize_checkpoint
 from makers import make_llama
@@ -25,3 +28,22 @@ def ragged(tmp_path_factory):
     make_llama(folder / "bf16", tied=True)
     quantize_checkpoint(folder / "bf16", folder / "fp8", "fp8_128x128")
     return folder / "fp8"
+
+
+@pytest.fixture
+def copy(ragged, tmp_path):
+    """A copy to damage: `copy(tensors)` edits the tensors, `copy(config=…)` the config."""
+
+    def edit(change=lambda tensors: None, config=lambda c: None):
+        for file in ragged.iterdir():
+            if file.is_file():
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((tmp_path / "config.json").read_text())
+        config(settings["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        return tmp_path
+
+    return edit

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import blockscale
@@ -18,25 +18,6 @@ from blockscale.nn import BlockDiagonalLinear
 from makers import make_deepseek_v4, make_qwen3_moe
 
 IDS = torch.arange(3, 20)[None]
-
-
-@pytest.fixture
-def copy(ragged, tmp_path):
-    """A copy to damage: `copy(tensors)` edits the tensors, `copy(config=…)` the config."""
-
-    def edit(change=lambda tensors: None, config=lambda c: None):
-        for file in ragged.iterdir():
-            if file.is_file():
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-        tensors = load_file(tmp_path / "model.safetensors")
-        change(tensors)
-        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        settings = json.loads((tmp_path / "config.json").read_text())
-        config(settings["quantization_config"])
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-        return tmp_path
-
-    return edit
 
 
 def tensors_of(folder):

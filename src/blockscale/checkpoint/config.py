@@ -85,8 +85,13 @@ class QuantConfig:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], QuantConfig]:
-    """`config.json` ({} when there is none) and the quantization that it or `hf_quant_config.json` describes."""
+    """`config.json` ({} when there is none) and the quantization that it or `hf_quant_config.json` describes.
+
+    Raises CheckpointError for what is there and cannot be read.
+    """
     path = folder / "config.json"
+    if path.is_symlink() and not path.is_file():
+        raise CheckpointError(f"{path}: a link to nothing")  # of a download that was not finished: not "no config"
     config = load_json(path) if path.is_file() else {}
     for where, holder in (("", config), ("text_config.", config.get("text_config"))):
         if isinstance(holder, dict) and holder.get(KEY):

@@ -56,7 +56,7 @@ class QuantizeOptions:
 
     format: e.g. "fp8_128x128". style, scale_dtype: see `encode.make_encoding`; None is the usual one.
     only, skip: globs over module names: only these are quantized; these too are left alone.
-    nan: "error" refuses NaN and infinities, "keep" stores them as the format does.
+    nan: "error" refuses NaN and infinities, "keep" stores them as the format's NaN (FP4 has none).
     scales: "amax", or "mse" for the searched scale with the least square error.
     report: "sample", "full" or "none". shard_size: bytes.
     """
@@ -97,6 +97,11 @@ def quantize_checkpoint(
 def plan_quantize(src: Path, dst: Path, options: QuantizeOptions) -> Job:
     """The whole job, from headers alone. Raises CheckpointError when there is nothing to quantize."""
     encoding = make_encoding(get_format(options.format), options.style, options.scale_dtype)
+    if options.nan == "keep" and encoding.format.packed:
+        raise CheckpointError(
+            f"--nan keep: {encoding.format} has no code for NaN, and a NaN scale would make the weight unreadable; "
+            "needs an fp8 format"
+        )
     if src.suffix == ".gguf":
         original: Mapping[str, Any]
         original, stored = read_gguf(src)

@@ -190,9 +190,11 @@ class Quantize:
         bad = ~x.isfinite()
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
+            fmt = q.format
             raise NotFiniteError(
                 f"{source.path}: {source.name}: {x[row, col].item()} at [{first_row + row}, {col}] "
-                f"({int(bad.sum())} such elements in its slab); --nan keep stores them as NaN"
+                f"({int(bad.sum())} such elements in its slab); "
+                + (f"{fmt} has no NaN" if fmt.packed else "--nan keep stores them as NaN")
             )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import open_checkpoint
 from ..errors import CheckpointError
-from .run import integration
+from .run import integration, tokenizer_of
 
 
 def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dict[str, Any]:
@@ -19,12 +19,8 @@ def compare_logits(a: Path, b: Path, text: str, tokens: int, chunks: int) -> dic
     Block-scaled checkpoints run on their stored bytes, others through transformers in their own dtype. Needs
     transformers and a tokenizer in `a`. Both models are in memory at once.
     """
-    integration()
-    from transformers import AutoTokenizer, logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of texts longer than the context: cut below
-    ids = AutoTokenizer.from_pretrained(a)(text, return_tensors="pt")["input_ids"][0]
+    integration()  # silences transformers, which would warn of texts longer than the context: they are cut below
+    ids = tokenizer_of(a)(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise CheckpointError(f"verify --logits: the text has {ids.numel()} tokens, needs at least 2")
     pieces = [piece for piece in ids.split(tokens)[:chunks] if piece.numel() > 1]

@@ -73,7 +73,7 @@ def run(
     parallel: this process is one rank of many (`integrations.transformers.Parallel`).
     """
     load, measure = integration()
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     ids = _ids(checkpoint, tokenizer, prompt, chat)
     where = device if parallel is None else parallel.world.device
     model = load(checkpoint, dtype=dtype, numerics=numerics, kernel=kernel, device=where, parallel=parallel)
@@ -112,14 +112,16 @@ def integration() -> tuple[Any, Any]:
     return load, measure
 
 
-def _tokenizer(checkpoint: Path) -> Any:
+def tokenizer_of(checkpoint: Path) -> Any:
+    """transformers' tokenizer of a folder. Raises BlockscaleError where it has none."""
     from transformers import AutoTokenizer
 
     open_checkpoint(checkpoint)  # a folder that is not there or not whole says so itself
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0].rstrip(" :")
+        why = " ".join(str(e).split())
+        why = why if len(why) <= 200 else f"{why[:200]}…"
         raise BlockscaleError(
             f"{checkpoint}: no tokenizer that transformers can read ({why}); `blockscale bench model` needs none"
         ) from e

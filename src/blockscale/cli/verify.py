@@ -23,7 +23,8 @@ def register(app: typer.Typer) -> None:
         a: Annotated[Path, typer.Argument(help="The checkpoint that errors are relative to.")],
         b: Annotated[Path, typer.Argument(help="The other one.")],
         max_error: Annotated[
-            float | None, typer.Option(help="Accept weights up to this relative error; else values must be equal.")
+            float | None,
+            typer.Option(min=0, help="Accept weights up to this relative error; else only equal values."),
         ] = None,
         logits: Annotated[bool, typer.Option("--logits", help="Run both models on --text too.")] = False,
         text: Annotated[Path | None, typer.Option(help="Text file for --logits.")] = None,

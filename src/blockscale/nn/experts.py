@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, gradients, reference
-from ..errors import ShapeError
+from ..errors import DtypeError, ShapeError
 from ..numerics import Numerics
 from ..tensor import BlockScaled
 from .linear import Names, WeightModule
@@ -28,11 +28,14 @@ class StackedLinear(WeightModule):
     dims = 3
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        checks.grouped(x.shape, self.shape, offsets)
-        checks.where("grouped_linear", x, offsets)
         buffers, names = self._buffers, self.names
+        data = buffers[names.data]
+        assert data is not None
+        checks.grouped(x.shape, self.shape, offsets)
+        checks.operands("grouped_linear", x, data, self.shape)
+        checks.where("grouped_linear", x, offsets)
         return gradients.grouped_linear(
-            x, buffers[names.data], buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale],
+            x, data, buffers[names.scale], buffers[names.global_scale], buffers[names.input_scale],
             offsets, self.out_features, self.in_features, self.format.name, self.layout, self._policy,
             self.kernel or "",
         )  # fmt: skip
@@ -71,7 +74,8 @@ class Experts(nn.Module):
     forward: `x: [T, K]`, `index: [T, k]` experts of each token (outside 0 … E - 1: no expert), `weights: [T, k]` ->
     `[T, K]` in x's dtype, the k contributions summed in fp32.
 
-    Raises ShapeError for weights, or indices and weights of tokens, that do not belong together.
+    Raises ShapeError for weights, or indices and weights of tokens, that do not belong together, DtypeError for
+    indices that are no int32 or int64.
     Source: DeepSeek-V3 report, section 2.1.2; the inference code released with DeepSeek-V4 for limit and order.
     """
 
@@ -110,12 +114,15 @@ class Experts(nn.Module):
     down: StackedLinear
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if index.shape != weights.shape or index.shape[0] != x.shape[0]:
+        if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
             got = f"{list(x.shape)}, {list(index.shape)} and {list(weights.shape)}"
             raise ShapeError(f"Experts: needs x [T, K], index [T, k] and weights [T, k], got {got}")
+        if index.dtype not in (torch.int32, torch.int64):
+            raise DtypeError(f"Experts: index needs int32 or int64, got {index.dtype}")
         chosen = torch.where(index < 0, self.num_experts, index).flatten()
+        weights = weights.flatten().masked_fill(chosen >= self.num_experts, 0.0)  # NaN too: no expert adds nothing
         order = chosen.argsort(stable=True)
-        chosen, token, weight = chosen[order], order // index.shape[1], weights.flatten()[order].float()
+        chosen, token, weight = chosen[order], order // index.shape[1], weights[order].float()
         everyone = torch.arange(self.num_experts, device=x.device, dtype=chosen.dtype)
         offsets = torch.searchsorted(chosen, everyone, right=True).int()
         rows = x[token]

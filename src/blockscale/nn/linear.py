@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import gradients, registry, shortcut
+from .. import checks, gradients, registry, shortcut
 from ..errors import DtypeError, ShapeError
 from ..formats import Format, get_format
 from ..layouts import convert, get_layout
@@ -215,6 +215,7 @@ class Linear(WeightModule):
             y = linear(x, weight, bias, numerics=self._policy, kernel=self.kernel)
             self._bound = weight.bound
             return y
+        checks.operands("linear", x, data, self.shape, bias)
         return gradients.linear(
             x, data, scale, level, static, bias, self.out_features, self.in_features, self.format.name, self.layout,
             self._policy, self.kernel or "",

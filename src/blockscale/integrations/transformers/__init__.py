@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
@@ -22,6 +22,7 @@ from ...policy import Policy
 from . import measure, quantizer, takeover
 from .quantizer import LOADING, Choice, check_version
 from .sharded import Parallel
+from .whole import check_whole, read_config
 
 METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")
 """Values of `quant_method` that `load` takes."""
@@ -49,7 +50,8 @@ def load(
     parallel: this process is one rank of many and takes its part (`blockscale.parallel`).
     options: `from_pretrained`'s, e.g. device_map.
 
-    Raises CheckpointError when the folder holds no block-scaled weights or contradicts itself, NoKernelError when
+    Raises CheckpointError when the folder holds no block-scaled weights, contradicts itself or lacks tensors of the
+    model that its config describes (transformers would make them up), NoKernelError when
     nothing can run a layer, BlockscaleError for an untested transformers or a device that is not there.
     """
     check_version()
@@ -59,11 +61,18 @@ def load(
     checkpoint = open_checkpoint(path)
     if not checkpoint.layers:
         raise CheckpointError(f"{path}: holds no block-scaled weights; make them with `blockscale quantize`")
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(Path(path))
     if not getattr(config, "quantization_config", None):
         config.quantization_config = dict(checkpoint.quantization.raw) or {"quant_method": "fp8"}
     with _chosen(Choice(numerics, kernel, parallel), METHODS):
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+        with_info = options.pop("output_loading_info", False)
+        mismatches = options.pop("ignore_mismatched_sizes", False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, info = loaded
+    check_whole(Path(path), info, mismatches=mismatches)
+    return (model, info) if with_info else model
 
 
 def enable(numerics: str | Numerics | Policy = "reference", *, kernel: str | None = None) -> None:

@@ -170,6 +170,9 @@ def _bind_experts(
     if sharder is not None and down is not None:
         roles, count, down = sharder.experts_here(roles, count)
     if -1 in roles.get("down", {}):
+        for layer in (found[-1] for found in roles.values()):
+            if layer.shape[0] != count:
+                raise CheckpointError(f"{layer.file}: {layer.name}: {layer.shape[0]} experts, the model has {count}")
         weights = {role: _empty(found[-1], found[-1].shape) for role, found in roles.items()}
         slots = {role: [Slot(found[-1])] for role, found in roles.items()}
     else:
@@ -222,9 +225,11 @@ def _kind(layer: StoredLayer) -> tuple[Format, str, tuple[int, ...], bool, bool]
 
 
 def _check_experts(path: str, role: str, found: dict[int, StoredLayer], count: int) -> None:
-    missing = sorted(set(range(count)) - set(found))
+    missing, extra = sorted(set(range(count)) - set(found)), sorted(set(found) - set(range(count)))
     if missing:
         raise CheckpointError(f"{path}: experts {missing[:4]} of {count} have no block-scaled {role} weight")
+    if extra:
+        raise CheckpointError(f"{path}: the file has {role} weights of experts {extra[:4]}, the model {count} experts")
     odd = next((layer for layer in found.values() if _kind(layer) != _kind(found[0])), None)
     if odd is not None:
         first = found[0]
