@@ -1,6 +1,6 @@
 // fp32, bf16 or fp16 to FP8 with block scales: the bytes that blockscale/reference.py defines.
 //
-// Scale: amax / max of the block's finite values, an IEEE fp32 division, rounded as the rule says. Element: see encode.h.
+// Scale: amax / max of the block's finite values, an IEEE fp32 division, rounded as the rule says. Elements: encode.h.
 #pragma once
 #include <math.h>
 
