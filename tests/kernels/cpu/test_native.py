@@ -185,6 +185,39 @@ def test_quantize_rounds_like_torch_at_every_tie_and_beside_it(isa, name):
     assert same_bytes(native.quantize(p, x, one, 1e-10), reference.quantize(x, fmt, scale=one))
 
 
+@pytest.mark.parametrize("rounding", ["none", "pow2_ceil", "pow2_floor"])
+@pytest.mark.parametrize("name", ["fp8_1x128", "fp8e5m2_1x128"])
+def test_quantize_has_the_bytes_of_the_reference_for_every_bf16_mantissa(isa, name, rounding):
+    """Every magnitude up to every largest one, of both signs: quotients on a tie, beside one, and subnormal ones.
+
+    The largest lie where fp32 begins, where the quantizer turns from one way of coding to the other, and where it ends.
+    """
+    fmt = get_format(name)
+    for exponent in (1, 33, 34, 41, 42, 127, 254):
+        largest = (exponent << 7) + torch.arange(128, dtype=torch.int32)
+        below = largest[:, None] - torch.arange(20 * 127, dtype=torch.int32)  # 20 exponents down
+        blocks = torch.cat([below.clamp_min(0).view(128, 20, 127), largest[:, None, None].expand(128, 20, 1)], 2)
+        blocks[..., ::3] |= 0x8000
+        x = blocks.to(torch.int16).view(torch.bfloat16).view(-1, 128)
+        p = Problem("quantize", 0, 128, x.dtype, fmt, out_dtype=x.dtype, scale_rounding=rounding)
+        assert same_bytes(
+            native.quantize(p, x, None, 0.0), reference.quantize(x, fmt, scale_rounding=rounding, floor=0.0)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fp8_1x128", "fp8_1x32_ue8m0", "mxfp8", "fp8e5m2_1x64"])
+def test_quantize_takes_blocks_of_nothing_but_special_numbers(isa, name, dtype):
+    fmt = get_format(name)
+    x = torch.tensor(
+        [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 2.0**-133, -(2.0**-126), 2.0**-99, 1.0, torch.finfo(dtype).max]
+    ).to(dtype)
+    x = torch.cat([x[:, None].expand(-1, 256), torch.stack([x, x.flip(0)], 1).repeat(1, 128)])
+    p = Problem("quantize", 0, 256, dtype, fmt, out_dtype=dtype)
+    for floor in (0.0, 1e-10, 3e38):
+        assert same_bytes(native.quantize(p, x, None, floor), reference.quantize(x, fmt, floor=floor))
+
+
 # -- the process around it ---------------------------------------------------------------------------------------
 
 

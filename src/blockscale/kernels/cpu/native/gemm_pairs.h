@@ -6,14 +6,16 @@
 namespace BLOCKSCALE_ISA {
 
 // c[MR, 4] += sums over groups of a[MR, k] @ b[4, k].T, each times its scales. shared: the rows of b have the same ones.
+// half: the second half of the last group is nothing but zeros.
 template <class A, int MR>
-NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale, const float* b,
-                                    const float* b_scale, float* c, int64_t ldc, int64_t groups, bool shared) {
+NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_scale, int64_t lda_scale,
+                                    const float* b, const float* b_scale, float* c, int64_t ldc, int64_t groups,
+                                    bool shared, bool half) {
   constexpr int64_t ldb = kStride<2>;
-  constexpr int kSteps = kGroup / (2 * W);
   F total[MR][kTileN];
   UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) total[i][j] = F{};
-  for (int64_t g = 0; g < groups; g++, a += kSteps * W, b += kSteps * W) {
+  auto group = [&](int64_t g, auto steps) __attribute__((always_inline)) {
+    constexpr int kSteps = decltype(steps)::value;
     typename A::Sum sum[MR][kTileN];
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < kTileN; j++) sum[i][j] = typename A::Sum{};
     UNROLL for (int p = 0; p < kSteps; p++) {
@@ -42,7 +44,12 @@ NOINLINE static void multiply_pairs(const float* a, int64_t lda, const float* a_
         UNROLL for (int j = 0; j < kTileN; j++)
           total[i][j] += A::value(sum[i][j]) * splat(a_scale[i * lda_scale + g] * b_scale[j * kPanelGroups + g]);
     }
-  }
+    a += kSteps * W, b += kSteps * W;
+  };
+  constexpr int kSteps = kGroup / (2 * W);
+  const int64_t whole = groups - half;
+  for (int64_t g = 0; g < whole; g++) group(g, Count<kSteps>());
+  if (half) group(whole, Count<kSteps / 2>());
   UNROLL for (int i = 0; i < MR; i++)
     store(c + i * ldc, load<F4>(c + i * ldc) + sum4(total[i][0], total[i][1], total[i][2], total[i][3]));
 }
@@ -95,6 +102,7 @@ struct Pairs {
                        int64_t cols, float* c, int64_t ldc) {
     constexpr int kTileM = kManyRegisters ? 3 : 2;  // sums and totals; operands and products need kTileM + 2 more
     const int64_t k0 = c0 * kChunk<D>, groups = ((c1 - c0) * kChunk<D> + kGroup - 1) / kGroup;
+    const bool half = groups * kGroup - (c1 - c0) * kChunk<D> >= kGroup / 2;
     const float *a = x.x + m0 * x.stride + k0 / 2, *a_scale = x.scale + m0 * x.groups + k0 / kGroup;
     // A few rows of x stay in L1 while those of the weight pass by, from L2.
     for (int64_t block = 0, height; block < rows; block += height) {
@@ -106,7 +114,7 @@ struct Pairs {
           take = share(block + height - m, kTileM);
           auto rows_of_x = [&](auto multiply) {
             multiply(a + m * x.stride, x.stride, a_scale + m * x.groups, x.groups, b, b_scale,
-                     c + m * ldc + j, ldc, groups, shared);
+                     c + m * ldc + j, ldc, groups, shared, half);
           };
           if (take == kTileM) rows_of_x(multiply_pairs<A, kTileM>);
           else if (take == 2) rows_of_x(multiply_pairs<A, 2>);

@@ -25,8 +25,6 @@ INLINE Stream stream_of(int64_t row_bytes, int64_t k) {
 // Rows of the weight in flight for M rows of x: more share the loads of x, fewer leave registers for the sums.
 template <int M>
 constexpr int rows_at_once() { return !kManyRegisters ? 4 : M == 1 ? 8 : M == 2 ? 4 : 2; }
-template <int N>
-struct Count { static constexpr int value = N; };
 
 // What the sum over each stretch of kGroup columns must be multiplied by: the weight's scale and, for pairs, that of x.
 // A source for ScaleRows: [M, stretches] for each grid row, and the weight's own scales behind them.

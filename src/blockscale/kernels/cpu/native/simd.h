@@ -167,6 +167,9 @@ constexpr int kPrefetch = 4096;  // bytes ahead
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the first, for what comes very soon
 
+template <int N>
+struct Count { static constexpr int value = N; };  // a number that a lambda takes as a constant
+
 INLINE int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
