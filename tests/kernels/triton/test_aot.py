@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from blockscale.formats import get_format
 from blockscale.kernels.triton import gemm, quantize
 from blockscale.numerics import get_numerics
 
-spec = importlib.util.spec_from_file_location("aot", Path(__file__).parents[3] / "bench" / "aot.py")
+BENCH = Path(__file__).parents[3] / "bench"
+sys.path.append(str(BENCH))  # aot.py takes in its neighbour
+spec = importlib.util.spec_from_file_location("aot", BENCH / "aot.py")
 aot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(aot)
 

@@ -57,7 +57,7 @@ class Kernels(TorchDispatchMode):
         if func.namespace != "blockscale":
             return func(*args, **(kwargs or {}))
         with fake_xpu.Rewrite():
-            return getattr(library, f"_{func._schema.name.split('::')[1]}")(*args, **(kwargs or {}))
+            return library.IMPLEMENTATIONS[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
 
 
 @contextmanager
