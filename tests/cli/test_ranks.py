@@ -38,10 +38,14 @@ def end(args, monkeypatch):
     return stop.value.code
 
 
+@pytest.mark.parametrize(("number", "patience"), [(0, 1e6), (2, 0)], ids=["the first", "another, later"])
 @pytest.mark.parametrize("args", WRONG, ids=" ".join)
-def test_the_first_rank_speaks_at_once(args, rank, monkeypatch, capsys):
-    rank(0)
-    monkeypatch.setattr(_ranks, "PATIENCE", 1e6)
+def test_the_first_rank_speaks_at_once_and_another_where_it_has_nothing_to_say(
+    args, number, patience, rank, monkeypatch, capsys
+):
+    """A message must not be lost because a mistake turned out to be one rank's alone."""
+    rank(number)
+    monkeypatch.setattr(_ranks, "PATIENCE", patience)
     assert end(args, monkeypatch) == 2
     assert "rror" in capsys.readouterr().err
 
@@ -60,15 +64,6 @@ def test_another_waits_to_be_ended(args, rank, monkeypatch, capsys):
     with pytest.raises(Waiting):
         main()
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("args", WRONG, ids=" ".join)
-def test_another_speaks_where_the_first_has_nothing_to_say(args, rank, monkeypatch, capsys):
-    """A message must not be lost because a mistake turned out to be one rank's alone."""
-    rank(2)
-    monkeypatch.setattr(_ranks, "PATIENCE", 0)
-    assert end(args, monkeypatch) == 2
-    assert "rror" in capsys.readouterr().err
 
 
 def test_ranks_without_a_device_end_before_they_join(rank, monkeypatch):
